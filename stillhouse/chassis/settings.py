@@ -1,0 +1,79 @@
+"""Settings come from the environment, once, at the composition root, and are passed down.
+
+Each service has one frozen class; a field's name in capitals behind the service's prefix is its
+variable (`TRAINER_BROKER_URL`). A variable with the prefix that no field knows is an error, so a
+typing mistake cannot pass for a default. `docs/operations.md` lists all of them and is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from stillhouse.chassis.errors import PermanentError
+
+
+class ServiceSettings(BaseModel):
+    """What every process needs: broker, store, metrics, logs. Subclasses set `PREFIX`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    PREFIX: ClassVar[str]
+
+    broker_url: str = Field(description="kombu URL of the broker (amqp://, redis://)")
+    store_endpoint_url: str | None = Field(None, description="S3 endpoint; none for AWS itself")
+    store_bucket: str = Field("stillhouse", description="bucket of all objects")
+    store_region: str = Field("us-east-1", description="region of the bucket")
+    store_access_key: SecretStr | None = Field(None, description="S3 access key id")
+    store_secret_key: SecretStr | None = Field(None, description="S3 secret access key")
+    metrics_host: str = Field("127.0.0.1", description="address of /metrics and /healthz")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics; 0 for any free one")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="log level")
+    profile: Literal["embedded", "deployed"] = Field(
+        "deployed", description="which table of timeouts holds: short when embedded"
+    )
+    work_dir: Path = Field(
+        Path(tempfile.gettempdir()), description="scratch folder; may be lost at any time"
+    )
+
+    @property
+    def redis_transport(self) -> bool:
+        return self.broker_url.startswith(("redis", "valkey"))
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+class SettingsError(PermanentError):
+    """A setting is missing, unknown or malformed."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, reason="settings")
+
+
+def load(cls: type[S], environ: dict[str, str] | None = None, **overrides: Any) -> S:
+    """Build a service's settings from the environment. Raises SettingsError that names the
+    variable at fault."""
+    prefix = cls.PREFIX
+    source = os.environ if environ is None else environ
+    known = {f"{prefix}{name}".upper() for name in cls.model_fields}
+    unknown = sorted(k for k in source if k.startswith(prefix) and k not in known)
+    if unknown:
+        raise SettingsError(
+            f"unknown setting {', '.join(unknown)}: expected one of {', '.join(sorted(known))}"
+        )
+    values = {
+        name: source[f"{prefix}{name}".upper()]
+        for name in cls.model_fields
+        if source.get(f"{prefix}{name}".upper())
+    }
+    try:
+        return cls.model_validate({**values, **overrides})
+    except ValidationError as error:
+        first = error.errors()[0]
+        variable = f"{prefix}{'_'.join(map(str, first['loc']))}".upper()
+        raise SettingsError(f"setting {variable}: {first['msg']}") from error
