@@ -47,7 +47,7 @@ def seaweedfs(folder: Path) -> Iterator[Store]:
     ports = weed.choose_ports()
     store = Store(f"http://127.0.0.1:{ports['s3']}", weed.BUCKET, access_key, secret_key)
     argv = weed.command(data, config, runtime, ports)
-    process = spawn(argv, env=weed.environment(), log=log, cwd=data)
+    process = spawn(argv, env=weed.environment(data), log=log, cwd=data)
     try:
         wait_until_ready(process, weed.probe(store), name="seaweedfs", log=log, deadline_seconds=60)
         yield store

@@ -46,9 +46,17 @@ def _die_with(parent: int) -> Callable[[], None] | None:
 
 
 def spawn(
-    argv: Sequence[str | Path], *, env: Mapping[str, str], log: Path, cwd: Path | None = None
+    argv: Sequence[str | Path],
+    *,
+    env: Mapping[str, str],
+    log: Path,
+    cwd: Path | None = None,
+    capture: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start a child that leads its own session and appends what it says to `log`."""
+    """Start a child that leads its own session and appends what it says to `log`.
+
+    With `capture` its standard output is a pipe instead, for the caller to read.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -56,8 +64,8 @@ def spawn(
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE if capture else out,
+            stderr=out,
             start_new_session=True,
             preexec_fn=_die_with(os.getpid()),
         )
@@ -121,6 +129,9 @@ def last_lines(log: Path, count: int = 8) -> str:
 
 def base_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the few variables that any child needs, and nothing of the user's secrets."""
-    kept = {"HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"}
+    kept = (
+        *("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH"),
+        *("CUDA_VISIBLE_DEVICES", "HF_HOME", "SSL_CERT_FILE", "XDG_CACHE_HOME"),
+    )
     env = {k: v for k, v in os.environ.items() if k in kept or k.startswith("PYTHON")}
     return env | dict(extra or {})

@@ -125,9 +125,12 @@ def sweep_sockets(ports: Mapping[str, int]) -> None:
             socket.unlink()
 
 
-def environment() -> dict[str, str]:
-    """Return its environment: a memory goal, and no AWS variable that would add an identity."""
-    return base_environment({"GOMEMLIMIT": "192MiB"})
+def environment(data_dir: Path) -> dict[str, str]:
+    """Return its environment: a memory goal, and nothing of the user's.
+
+    An AWS variable would add an identity, a security.toml in HOME would lock us out.
+    """
+    return base_environment({"GOMEMLIMIT": "192MiB", "HOME": str(data_dir)})
 
 
 def client(store: Store, *, read_timeout_seconds: float = 5) -> Any:
