@@ -1,0 +1,235 @@
+"""The gateway's tables. Every row belongs to a tenant; money is integer micro-dollars.
+
+Times are UTC seconds since the epoch as the database server or this process saw them; leases use
+the clock of one database, so that workers' clocks need not agree.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_BIG = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Tenant(Base):
+    __tablename__ = "tenants"
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class ApiKey(Base):
+    """A key by its public prefix; of the secret only a keyed hash is kept."""
+
+    __tablename__ = "api_keys"
+
+    prefix: Mapped[str] = mapped_column(String(16), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"))
+    secret_hmac: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(Float)
+    expires_at: Mapped[float | None] = mapped_column(Float)
+    revoked_at: Mapped[float | None] = mapped_column(Float)
+
+
+class Pipeline(Base):
+    """One request to distil. `state`: accepting, running, released, withheld, failed, cancelled;
+    the last four absorb. Stage states: waiting, running, done, failed, cancelled."""
+
+    __tablename__ = "pipelines"
+
+    pipeline_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), index=True)
+    name: Mapped[str] = mapped_column(String(63))
+    idempotency_key: Mapped[str | None] = mapped_column(String(200))
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    spec: Mapped[str] = mapped_column(Text)  # the posted spec as canonical JSON
+    traceparent: Mapped[str] = mapped_column(String(55))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    collect: Mapped[str] = mapped_column(String(16), default="waiting")
+    build: Mapped[str] = mapped_column(String(16), default="waiting")
+    train: Mapped[str] = mapped_column(String(16), default="waiting")
+    evaluate: Mapped[str] = mapped_column(String(16), default="waiting")
+    release: Mapped[str] = mapped_column(String(16), default="waiting")
+    reason: Mapped[str] = mapped_column(Text, default="")  # why it failed or was withheld
+    # Settled by acceptance:
+    dataset_id: Mapped[str | None] = mapped_column(String(63))
+    training_id: Mapped[str | None] = mapped_column(String(63))
+    student_id: Mapped[str | None] = mapped_column(String(63))
+    batches: Mapped[int] = mapped_column(Integer, default=0)
+    heldout_batches: Mapped[int] = mapped_column(Integer, default=0)
+    items: Mapped[int] = mapped_column(Integer, default=0)
+    # Money: spent + reserved <= budget at every instant (checked by the ledger's one UPDATE).
+    budget_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    spent_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    reserved_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    # What the events told:
+    prompt_tokens: Mapped[int] = mapped_column(_BIG, default=0)
+    completion_tokens: Mapped[int] = mapped_column(_BIG, default=0)
+    rows: Mapped[int] = mapped_column(Integer, default=0)
+    gpu_seconds: Mapped[float] = mapped_column(Float, default=0.0)
+    trained_tokens: Mapped[int] = mapped_column(_BIG, default=0)
+    figures: Mapped[str] = mapped_column(Text, default="{}")  # last stage.progressed by stage
+    next_event: Mapped[int] = mapped_column(Integer, default=1)
+    # When acceptance is to be tried next, and how often it was.
+    next_attempt_at: Mapped[float | None] = mapped_column(Float, index=True)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    created_at: Mapped[float] = mapped_column(Float, index=True)
+    first_training_step_at: Mapped[float | None] = mapped_column(Float)
+    responses_completed_at: Mapped[float | None] = mapped_column(Float)
+    ended_at: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (UniqueConstraint("tenant_id", "idempotency_key"),)
+
+
+class Batch(Base):
+    """A numbered group of items: the unit of a lease. `state`: waiting, due, closed.
+
+    `epoch` fences: each claim raises it, and closing is `WHERE epoch = mine`.
+    """
+
+    __tablename__ = "batches"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    batch: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    split: Mapped[str] = mapped_column(String(16))
+    items: Mapped[int] = mapped_column(Integer)
+    prompts: Mapped[str] = mapped_column(Text)  # ObjectRef of prompts/batch-N.parquet
+    state: Mapped[str] = mapped_column(String(16), default="waiting")
+    epoch: Mapped[int] = mapped_column(Integer, default=0)
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    holder: Mapped[str] = mapped_column(String(64), default="")
+    lease_until: Mapped[float] = mapped_column(Float, default=0.0)
+    reserved_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    next_attempt_at: Mapped[float] = mapped_column(Float, default=0.0)
+    close_by: Mapped[float | None] = mapped_column(Float)
+    answers: Mapped[int] = mapped_column(Integer, default=0)
+    rejected: Mapped[int] = mapped_column(Integer, default=0)
+    closed_at: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (Index("batches_due", "state", "next_attempt_at"),)
+
+
+class Item(Base):
+    """One prompt x one sample. `outcome`: pending, answered, row, rejected; each ends as one row
+    or one rejection. Items rejected at acceptance have no batch."""
+
+    __tablename__ = "items"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    item_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    batch: Mapped[int | None] = mapped_column(Integer)
+    outcome: Mapped[str] = mapped_column(String(16), default="pending")
+    stage: Mapped[str] = mapped_column(String(16), default="")  # where it was rejected
+    reason: Mapped[str] = mapped_column(String(64), default="")
+    detail: Mapped[str] = mapped_column(Text, default="")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    cost_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+
+    __table_args__ = (
+        Index("items_by_batch", "pipeline_id", "batch"),
+        Index("items_by_outcome", "pipeline_id", "outcome", "reason"),
+    )
+
+
+class Charge(Base):
+    """The ledger's lines: what was settled, and why. `kind`: answers (an invoice line for stored
+    answers of one attempt), unknown (a pessimistic charge for calls whose answers a crash lost),
+    probe. Unique by what it pays for, so money is counted once."""
+
+    __tablename__ = "charges"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    charge_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    kind: Mapped[str] = mapped_column(String(16))
+    batch: Mapped[int | None] = mapped_column(Integer)
+    attempt: Mapped[int | None] = mapped_column(Integer)
+    answers: Mapped[int] = mapped_column(Integer, default=0)
+    microusd: Mapped[int] = mapped_column(_BIG)
+    detail: Mapped[str] = mapped_column(Text, default="")
+    booked_at: Mapped[float] = mapped_column(Float)
+
+
+class Outbox(Base):
+    """Events to publish, written in the transaction of their effect; removed once taken."""
+
+    __tablename__ = "outbox"
+
+    number: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    pipeline_id: Mapped[str] = mapped_column(String(63))
+    envelope: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class History(Base):
+    """Every event of a pipeline, published or consumed, once, in the order it was recorded."""
+
+    __tablename__ = "history"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    event_id: Mapped[str] = mapped_column(String(63))
+    type: Mapped[str] = mapped_column(String(64))
+    pair: Mapped[int | None] = mapped_column(Integer)  # the step's `per` field: batch or step
+    envelope: Mapped[str] = mapped_column(Text)
+    recorded_at: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (
+        UniqueConstraint("pipeline_id", "event_id"),
+        Index("history_by_type", "pipeline_id", "type", "pair"),
+    )
+
+
+class Redrive(Base):
+    """How often a step's input was sent again, and when it will be next."""
+
+    __tablename__ = "redrives"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    step: Mapped[str] = mapped_column(String(80), primary_key=True)  # "input->output"
+    pair: Mapped[int] = mapped_column(Integer, primary_key=True)  # -1 where there is one
+    tries: Mapped[int] = mapped_column(Integer, default=0)  # counted ones
+    sent: Mapped[int] = mapped_column(Integer, default=0)
+    next_at: Mapped[float] = mapped_column(Float)
+
+
+class ClockLease(Base):
+    """Which clock is active."""
+
+    __tablename__ = "clock_lease"
+
+    name: Mapped[str] = mapped_column(String(16), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64))
+    until: Mapped[float] = mapped_column(Float)
+
+
+class Audit(Base):
+    """Who did what: append-only."""
+
+    __tablename__ = "audit"
+
+    number: Mapped[int] = mapped_column(_BIG, primary_key=True, autoincrement=True)
+    at: Mapped[float] = mapped_column(Float)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    actor: Mapped[str] = mapped_column(String(80))  # key prefix, or `system`
+    action: Mapped[str] = mapped_column(String(64))
+    target: Mapped[str] = mapped_column(String(200))
+    detail: Mapped[str] = mapped_column(Text, default="")
