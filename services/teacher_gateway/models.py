@@ -52,13 +52,13 @@ class Pipeline(Base):
     __tablename__ = "pipelines"
 
     pipeline_id: Mapped[str] = mapped_column(String(63), primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), index=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"))
     name: Mapped[str] = mapped_column(String(63))
     idempotency_key: Mapped[str | None] = mapped_column(String(200))
     body_sha256: Mapped[str] = mapped_column(String(64))
     spec: Mapped[str] = mapped_column(Text)  # the posted spec as canonical JSON
     traceparent: Mapped[str] = mapped_column(String(55))
-    state: Mapped[str] = mapped_column(String(16), index=True)
+    state: Mapped[str] = mapped_column(String(16))
     collect: Mapped[str] = mapped_column(String(16), default="waiting")
     build: Mapped[str] = mapped_column(String(16), default="waiting")
     train: Mapped[str] = mapped_column(String(16), default="waiting")
@@ -85,14 +85,18 @@ class Pipeline(Base):
     figures: Mapped[str] = mapped_column(Text, default="{}")  # last stage.progressed by stage
     next_event: Mapped[int] = mapped_column(Integer, default=1)
     # When acceptance is to be tried next, and how often it was.
-    next_attempt_at: Mapped[float | None] = mapped_column(Float, index=True)
+    next_attempt_at: Mapped[float | None] = mapped_column(Float)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
-    created_at: Mapped[float] = mapped_column(Float, index=True)
+    created_at: Mapped[float] = mapped_column(Float)
     first_training_step_at: Mapped[float | None] = mapped_column(Float)
     responses_completed_at: Mapped[float | None] = mapped_column(Float)
     ended_at: Mapped[float | None] = mapped_column(Float)
 
-    __table_args__ = (UniqueConstraint("tenant_id", "idempotency_key"),)
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "idempotency_key", name="pipelines_idempotency"),
+        Index("pipelines_by_age", "tenant_id", "created_at", "pipeline_id"),
+        Index("pipelines_due", "state", "next_attempt_at"),
+    )
 
 
 class Batch(Base):
@@ -193,7 +197,7 @@ class History(Base):
     recorded_at: Mapped[float] = mapped_column(Float)
 
     __table_args__ = (
-        UniqueConstraint("pipeline_id", "event_id"),
+        UniqueConstraint("pipeline_id", "event_id", name="history_once"),
         Index("history_by_type", "pipeline_id", "type", "pair"),
     )
 

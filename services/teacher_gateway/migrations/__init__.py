@@ -1,0 +1,1 @@
+"""The history of the gateway's tables, as Alembic revisions that run on SQLite and PostgreSQL."""
