@@ -16,14 +16,16 @@ that is older than its gateway shows what it was told. Errors:
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -235,7 +237,7 @@ class Client:
         partial.mkdir(parents=True, exist_ok=True)
         for name, entry in files.items():
             url = f"{_path(pipeline_id)}/student/files/{quote(name)}"
-            self._fetch(url, partial / name, entry, lambda n, s, name=name: progress(name, n, s))
+            self._fetch(url, partial / name, entry, functools.partial(progress, name))
         for leftover in [path for path in partial.iterdir() if path.name not in files]:
             leftover.unlink()
         if folder.exists():
@@ -379,10 +381,10 @@ def _is_whole(path: Path, entry: Mapping[str, Any]) -> bool:
     if not path.is_file() or path.stat().st_size != int(entry["size"]):
         return False
     with path.open("rb") as file:
-        return _digest(file) == entry["sha256"]
+        return _digest(file) == str(entry["sha256"])
 
 
-def _digest(file: BinaryIO) -> str:
+def _digest(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

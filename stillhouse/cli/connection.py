@@ -1,13 +1,11 @@
 """Which gateway a command talks to, and with which key.
 
-An option wins over the environment, the environment over the embedded stack of the data folder.
-The embedded stack's key is sent to that stack alone.
+What was named (by option or environment) wins over the embedded stack of the data folder. The
+embedded stack's key is sent to that stack alone.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from stillhouse.cli.client import Client, StillhouseClientError
@@ -21,11 +19,8 @@ def connect(
     root: Path,
     *,
     patience_seconds: float = 0.0,
-    env: Mapping[str, str] = os.environ,
 ) -> Client:
     """Return a client of the gateway that was named, or of the embedded stack in `root`."""
-    url = url or env.get("STILLHOUSE_URL")
-    key = key or env.get("STILLHOUSE_API_KEY")
     if not (url and key):
         from stillhouse.embedded.process import StackError
         from stillhouse.embedded.stack import read_stack

@@ -1,0 +1,181 @@
+"""What the API's answers look like to a reader: JSON objects in, tables and lines out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from stillhouse.cli.client import Json
+from stillhouse.cli.screen import Table
+from stillhouse.contracts.events import STAGES
+
+FIGURES = (
+    ("kl_top20", "KL top-k"),
+    ("kl_full", "KL full"),
+    ("ppl", "perplexity"),
+    ("top1", "top-1"),
+    ("stop_rate", "stop rate"),
+)
+_SHARES = ("top1", "stop_rate")
+NONE = "-"
+
+
+def pipelines_table(pipelines: Iterable[Json]) -> Table:
+    rows = [
+        (
+            p["pipeline_id"],
+            p["name"],
+            p["state"],
+            str(p["rows"]),
+            usd(p["cost"]["spent_usd"]),
+            moment(p["created_at"]),
+        )
+        for p in pipelines
+    ]
+    headings = ("pipeline", "name", "state", "rows", "spent", "created")
+    return Table("", headings, rows, numbers=(3, 4))
+
+
+def stages_table(pipeline: Json) -> Table:
+    """One row a stage: its state, and what its newest figures say."""
+    rows = []
+    for stage in STAGES:
+        entry = pipeline["stages"][stage]
+        figures = "  ".join(f"{k} {number(v)}" for k, v in (entry.get("figures") or {}).items())
+        rows.append((stage, entry["state"], figures or NONE))
+    return Table("", ("stage", "state", "figures"), rows)
+
+
+def summary_lines(pipeline: Json) -> list[str]:
+    """State, counts, money and tokens of a pipeline."""
+    cost, tokens = pipeline["cost"], pipeline["tokens"]
+    lines = [
+        f"{pipeline['pipeline_id']} ({pipeline['name']}): {pipeline['state']}"
+        + (f": {pipeline['reason']}" if pipeline.get("reason") else ""),
+        f"items {pipeline['items']}, rows {pipeline['rows']}, "
+        f"rejected {sum(pipeline['rejections'].values())}"
+        + counted(pipeline["rejections"], before=": "),
+        f"cost {usd(cost['spent_usd'])} of {usd(cost['budget_usd'])}"
+        f" (reserved {usd(cost['reserved_usd'])}); "
+        f"tokens: {tokens['prompt']} asked, {tokens['completion']} answered, "
+        f"{tokens['trained']} trained on",
+    ]
+    if pipeline.get("student_id") and pipeline["state"] in ("released", "withheld"):
+        lines.append(f"student {pipeline['student_id']}")
+    return lines
+
+
+def counted(reasons: Mapping[str, int], *, before: str = "") -> str:
+    """Return `before` and the reasons by count, or nothing."""
+    ordered = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
+    return before + ", ".join(f"{reason} {count}" for reason, count in ordered) if ordered else ""
+
+
+def figures_table(report: Json) -> Table:
+    """The teacher's own noise floor, the student before training, and after."""
+    rows = []
+    for label, name in (
+        ("teacher (noise floor)", "teacher"),
+        ("untrained student", "untrained"),
+        ("trained student", "model"),
+    ):
+        figures = report.get(name)
+        if figures:
+            cells = [_figure(key, figures.get(key)) for key, _ in FIGURES]
+            rows.append((label, *cells, str(figures["rows"]), str(figures["tokens"])))
+    title = f"{report['split']} rows, step {report['step']}"
+    headings = ("model", *(heading for _, heading in FIGURES), "rows", "tokens")
+    return Table(title, headings, rows, numbers=range(1, len(headings)))
+
+
+def answers_table(report: Json) -> Table:
+    """The models' answers to the same prompts, side by side."""
+    rows = [
+        (
+            sample["prompt"],
+            sample["teacher"],
+            sample.get("untrained") or NONE,
+            sample.get("student") or NONE,
+        )
+        for sample in report.get("samples") or []
+    ]
+    return Table("", ("prompt", "teacher", "untrained student", "student"), rows, wrap=True)
+
+
+def rows_table(samples: Iterable[Json]) -> Table:
+    rows = [
+        (s["split"], prompt_text(s["messages"]), s["answer"], s["finish_reason"]) for s in samples
+    ]
+    return Table("", ("split", "prompt", "answer", "end"), rows, wrap=True)
+
+
+def rejections_table(rejections: Iterable[Json]) -> Table:
+    rows = [(r["item_id"], r["stage"], r["reason"], r["detail"]) for r in rejections]
+    return Table("", ("item", "stage", "reason", "detail"), rows)
+
+
+def event_line(event: Json) -> str:
+    payload = event.get("payload") or {}
+    told = "  ".join(
+        f"{key}={_value(value)}" for key, value in payload.items() if not isinstance(value, dict)
+    )
+    return f"{event['sequence']:>5}  {moment(event['occurred_at'])}  {event['type']:<22}  {told}"
+
+
+def prompt_text(messages: Any) -> str:
+    """The last thing that the user said."""
+    if isinstance(messages, str):
+        messages = json.loads(messages)
+    return str(messages[-1]["content"]) if messages else ""
+
+
+def usd(amount: float) -> str:
+    """Dollars to the cent, or as small as they are."""
+    return f"${amount:.2f}" if amount == 0 or amount >= 0.1 else f"${amount:.6f}"
+
+
+def number(value: float) -> str:
+    if float(value).is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return f"{value:.4g}"
+
+
+def moment(value: Any) -> str:
+    """A time of the API (ISO 8601, or seconds since the epoch) as UTC to the second."""
+    if value is None:
+        return NONE
+    if isinstance(value, int | float):
+        when = datetime.fromtimestamp(value, UTC)
+    else:
+        when = datetime.fromisoformat(str(value)).astimezone(UTC)
+    return f"{when:%Y-%m-%d %H:%M:%S}"
+
+
+def _figure(key: str, value: float | None) -> str:
+    if value is None:
+        return NONE
+    return (
+        f"{100 * value:.1f} %"
+        if key in _SHARES
+        else f"{value:.4f}"
+        if value < 100
+        else f"{value:.1f}"
+    )
+
+
+def _value(value: Any) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def stage_line(pipeline: Json, stage: str) -> str:
+    """One stage in a line, for logs."""
+    entry = pipeline["stages"][stage]
+    figures = "  ".join(f"{k} {number(v)}" for k, v in (entry.get("figures") or {}).items())
+    return f"{stage:<8} {entry['state']:<9} {figures}".rstrip()
+
+
+def check_lines(found: Json) -> list[str]:
+    """What a check found out."""
+    return [f"{key}: {_value(value)}" for key, value in found.items()]
