@@ -65,6 +65,8 @@ class Pipeline(Base):
     evaluate: Mapped[str] = mapped_column(String(16), default="waiting")
     release: Mapped[str] = mapped_column(String(16), default="waiting")
     reason: Mapped[str] = mapped_column(Text, default="")  # why it failed or was withheld
+    # `cancelled` or `failed` from when that was decided; `state` follows once nothing is reserved.
+    stopping: Mapped[str] = mapped_column(String(16), default="")
     # Settled by acceptance:
     dataset_id: Mapped[str | None] = mapped_column(String(63))
     training_id: Mapped[str | None] = mapped_column(String(63))
@@ -153,8 +155,9 @@ class Item(Base):
 
 class Charge(Base):
     """The ledger's lines: what was settled, and why. `kind`: answers (an invoice line for stored
-    answers of one attempt), unknown (a pessimistic charge for calls whose answers a crash lost),
-    probe. Unique by what it pays for, so money is counted once."""
+    answers of one attempt), probe, unused (the known bill of an answer that could not be used),
+    unknown (a pessimistic charge for calls whose answers were lost). Unique by what it pays for,
+    so money is counted once."""
 
     __tablename__ = "charges"
 

@@ -76,6 +76,7 @@ def upgrade() -> None:
         sa.Column("evaluate", sa.String(length=16), nullable=False),
         sa.Column("release", sa.String(length=16), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("stopping", sa.String(length=16), nullable=False),
         sa.Column("dataset_id", sa.String(length=63), nullable=True),
         sa.Column("training_id", sa.String(length=63), nullable=True),
         sa.Column("student_id", sa.String(length=63), nullable=True),
