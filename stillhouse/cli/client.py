@@ -399,14 +399,13 @@ def _api_error(answer: httpx.Response) -> StillhouseApiError:
 
 
 def _sentence(problem: Mapping[str, Any], status: int) -> str:
-    """Say what a problem says, with its list of mistakes line by line."""
-    title = str(problem.get("title") or f"the gateway answered {status}")
-    detail = str(problem.get("detail") or "")
-    lines = [detail or title]
-    for entry in problem.get("errors") or []:
-        if isinstance(entry, Mapping):
-            where, what = entry.get("path") or entry.get("field"), entry.get("message")
-            lines.append(f"  {where}: {what}" if where else f"  {what}")
-        else:
-            lines.append(f"  {entry}")
+    """Say what a problem says; several mistakes stand one a line."""
+    said = problem.get("detail") or problem.get("title") or f"the gateway answered {status}"
+    errors = [entry for entry in problem.get("errors") or () if isinstance(entry, Mapping)]
+    if len(errors) < 2:
+        return str(said)
+    lines = [f"{len(errors)} mistakes:"]
+    for entry in errors:
+        where, what = entry.get("field"), entry.get("message")
+        lines.append(f"  {where}: {what}" if where else f"  {what}")
     return "\n".join(lines)

@@ -38,8 +38,8 @@ def load(path: Path) -> Json:
             f"{path} cannot be read ({error.strerror}): write one with `stillhouse init`"
         ) from None
     try:
-        spec = yaml.safe_load(text)
-        json.dumps(spec)
+        spec = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+        json.dumps(spec, allow_nan=False)
     except yaml.YAMLError as error:
         raise SpecFileError(f"{path} is not YAML: {_at(error)}") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -66,6 +66,21 @@ def upload_inputs(client: Client, spec: Json) -> Json:
     except OSError as error:
         raise SpecFileError(f"`prompts.from`: {path} cannot be read: {error.strerror}") from None
     return {**spec, "prompts": {**prompts, "from": reference}}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as plain data; of two equal keys the first would be lost in silence, so refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = getattr(key_node, "value", None)
+            if isinstance(key, str) and key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"`{key}` stands there twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _absolute(value: Any, folder: Path) -> Any:

@@ -86,23 +86,26 @@ def test_pages_are_followed_until_there_is_no_next() -> None:
 
 
 def test_a_problem_becomes_an_error_that_lists_its_mistakes() -> None:
-    problem = {
-        "type": "about:blank",
-        "title": "invalid spec",
-        "status": 422,
-        "detail": "the spec has 1 mistake",
-        "errors": [{"path": "budget.teacher_usd", "message": "Field required"}],
-    }
+    mistakes = [
+        {"field": "budget.teacher_usd", "message": "Field required"},
+        {"field": "", "message": "teachers: give one"},
+    ]
+    problem = {"type": "urn:x", "title": "Unprocessable", "status": 422, "detail": "long"}
 
-    with (
-        client_of(lambda _: httpx.Response(422, json=problem)) as client,
-        pytest.raises(StillhouseApiError) as caught,
-    ):
-        client.check({})
+    def error(errors: list[dict[str, str]]) -> StillhouseApiError:
+        answer = httpx.Response(422, json={**problem, "errors": errors})
+        with client_of(lambda _: answer) as client, pytest.raises(StillhouseApiError) as caught:
+            client.check({})
+        return caught.value
 
-    assert caught.value.status == 422
-    assert caught.value.problem == problem
-    assert str(caught.value) == "the spec has 1 mistake\n  budget.teacher_usd: Field required"
+    assert error([]).status == 422
+    assert error([]).problem == {**problem, "errors": []}
+    assert str(error(mistakes[:1])) == "long"
+    assert str(error(mistakes)).splitlines() == [
+        "2 mistakes:",
+        "  budget.teacher_usd: Field required",
+        "  teachers: give one",
+    ]
 
 
 def test_a_refused_connection_says_how_to_start_a_gateway() -> None:
