@@ -205,12 +205,13 @@ class Stack:
         """Bring the database to this version, and have a key for the command line."""
         command = (sys.executable, "-m", "services.teacher_gateway")
         env = self._service_env("teacher_gateway.migrate")
+        cwd = self._work_folder("teacher_gateway")
         fresh = self.options.database_url is None and not self._database_file().exists()
-        self._supervisor.run_once("migrate", (*command, "migrate"), env)
+        self._supervisor.run_once("migrate", (*command, "migrate"), env, cwd=cwd)
         known = self._credentials().get("api_key_of") == self._database_digest()
         if fresh or not known:
             words = ("keys", "create", "--tenant", TENANT, "--json")
-            printed = self._supervisor.run_once("keys", (*command, *words), env)
+            printed = self._supervisor.run_once("keys", (*command, *words), env, cwd=cwd)
             try:
                 key = str(json.loads(printed)["key"])
             except (ValueError, LookupError, TypeError) as error:
@@ -276,6 +277,7 @@ class Stack:
             env=self._service_env(name),
             probe=_http_probe(_reachable(host), port, path),
             address=address,
+            cwd=self._work_folder(service),
             start_order=_START["publisher" if publishes_unasked else "consumer"],
             stop_order=_STOP["service"],
             fresh_folders=fresh,
@@ -285,15 +287,13 @@ class Stack:
         """Return all that one process of a service is told."""
         service, kind = name.split(".")
         prefix = service.upper()
-        work = self.root / "work" / service
-        work.mkdir(parents=True, exist_ok=True)
         told = {
             "BROKER_URL": self._broker_url,
             "STORE_ENDPOINT_URL": self._store.endpoint_url,
             "STORE_BUCKET": self._store.bucket,
             "STORE_ACCESS_KEY": self._store.access_key,
             "STORE_SECRET_KEY": self._store.secret_key,
-            "WORK_DIR": str(work),
+            "WORK_DIR": str(self._work_folder(service)),
             "PROFILE": "embedded",
         }
         if f"{name}.metrics" in self._ports:
@@ -391,6 +391,11 @@ class Stack:
         if not path.exists():
             _write_private(path, secrets.token_urlsafe(32))
         return path.read_text()
+
+    def _work_folder(self, service: str) -> Path:
+        folder = self.root / "work" / service
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _metrics_folder(self, name: str) -> Path:
         return self.root / "run" / "metrics" / name

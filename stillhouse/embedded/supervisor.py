@@ -139,11 +139,17 @@ class Supervisor:
             self._wait_until_ready(batch)
 
     def run_once(
-        self, name: str, argv: tuple[str, ...], env: Mapping[str, str], *, seconds: float = 60.0
+        self,
+        name: str,
+        argv: tuple[str, ...],
+        env: Mapping[str, str],
+        *,
+        cwd: Path | None = None,
+        seconds: float = 60.0,
     ) -> str:
         """Run a command to its end and return what it printed; a failure is an error."""
         log = self.log(name)
-        process = spawn(argv, env=env, log=log, capture=True)
+        process = spawn(argv, env=env, log=log, cwd=cwd, capture=True)
         self._tell_reaper(f"group {process.pid}")
         deadline = time.monotonic() + seconds
         try:
