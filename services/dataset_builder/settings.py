@@ -1,0 +1,26 @@
+"""What the builder's worker is told by its environment; documented in docs/operations.md."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from stillhouse.chassis.jobs import Timeouts
+from stillhouse.chassis.settings import ServiceSettings
+
+# A worker that died gives its batch back when its job's time is over, so embedded is short.
+TIMEOUTS: dict[str, Timeouts] = {
+    "embedded": Timeouts(job=20, visibility=66),
+    "deployed": Timeouts(job=300, visibility=1000),
+}
+
+
+class DatasetBuilderSettings(ServiceSettings):
+    PREFIX: ClassVar[str] = "DATASET_BUILDER_"
+
+    worker_processes: int = Field(1, ge=1, le=64, description="jobs at once in one worker")
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return TIMEOUTS[self.profile]

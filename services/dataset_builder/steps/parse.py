@@ -1,0 +1,89 @@
+"""Parse and validate: is the body an OpenAI chat completion at all?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import msgspec
+
+from services.dataset_builder import reasons
+from services.dataset_builder.records import Draft, Recipe, Reject
+
+
+class Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    message: Message
+    finish_reason: str | None = None
+    logprobs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+
+
+class Completion(msgspec.Struct):
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: msgspec.Raw
+
+
+_COMPLETION = msgspec.json.Decoder(Completion)
+_ERROR = msgspec.json.Decoder(ErrorBody)
+
+
+def parse(draft: Draft, recipe: Recipe) -> Draft:
+    """Read text, finish reason and usage; the log-probabilities stay raw until they are used."""
+    completion = _decode(draft.body)
+    if not completion.choices:
+        raise Reject(reasons.NO_CHOICES, "expected one choice, found none")
+    choice = completion.choices[0]
+    message = choice.message
+    return replace(
+        draft,
+        text=message.content or "",
+        finish_reason=choice.finish_reason or "",
+        refusal=bool(message.refusal),
+        reasoning=bool(message.reasoning_content),
+        usage_prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
+        # Copied, so that the body it points into can go.
+        logprobs=choice.logprobs.copy(),
+    )
+
+
+def _decode(body: str) -> Completion:
+    try:
+        return _COMPLETION.decode(body)
+    except msgspec.ValidationError as error:
+        raise _not_a_completion(body, error) from error
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        first = error
+    # Some servers write -Infinity for "not computed", which is no JSON.
+    try:
+        return _COMPLETION.decode(msgspec.json.encode(json.loads(body, parse_constant=_constant)))
+    except msgspec.ValidationError as error:
+        raise _not_a_completion(body, error) from error
+    except (ValueError, RecursionError):
+        raise Reject(reasons.MALFORMED_JSON, f"{first} ({len(body)} characters)") from first
+
+
+def _constant(name: str) -> float:
+    if name != "-Infinity":
+        raise ValueError(f"{name} is no JSON")
+    return -9999.0  # below signals.SENTINEL
+
+
+def _not_a_completion(body: str, error: Exception) -> Reject:
+    try:
+        _ERROR.decode(body)
+    except msgspec.DecodeError:
+        return Reject(reasons.WRONG_SCHEMA, f"not a chat completion: {error}")
+    return Reject(reasons.ERROR_BODY, "the teacher answered with an error object")
