@@ -63,6 +63,9 @@ class StackOptions:
     service_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     services: tuple[str, ...] = SERVICE_PROCESSES
     teacher: bool = False
+    # Stopped politely, SeaweedFS waits 15 s for its own subscribers. Killed after its last writer
+    # is gone it loses nothing that it acknowledged, but a power cut may then cost more.
+    quick_stop: bool = False
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ, **chosen: Any) -> StackOptions:
@@ -174,6 +177,9 @@ class Stack:
                 pass
             finally:
                 self._state = "stopping"
+                self._say(
+                    "stopping; the store may take 20 s (a second Ctrl-C ends everything at once)"
+                )
                 self._supervisor.stop()
                 self._state = "stopped"
                 self._write_state()
@@ -245,7 +251,7 @@ class Stack:
             cwd=data,
             start_order=_START["part"],
             stop_order=_STOP["store"],
-            stop_seconds=weed.STOP_GRACE_SECONDS,
+            stop_seconds=0.2 if self.options.quick_stop else weed.STOP_GRACE_SECONDS,
             after_exit=lambda: weed.sweep_sockets(ports),
         )
 
@@ -492,7 +498,12 @@ def running_stack(
         yield read_stack(root)
     finally:
         stack.stopping.set()
-        thread.join()
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            stack.hurry.set()
+            thread.join()
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -503,6 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pass-env", action="append", default=[], metavar="NAME")
     parser.add_argument("--file-root", action="append", default=[], type=Path)
     parser.add_argument("--teacher", action="store_true", help=f"serve {teacher.MODEL_NAME} too")
+    parser.add_argument("--quick-stop", action="store_true", help="do not wait for the store")
     parser.add_argument("--service", action="append", choices=(*SERVICE_PROCESSES, "none"))
     chosen = parser.parse_args(argv)
     try:
@@ -511,6 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass_env=tuple(chosen.pass_env),
             file_roots=tuple(chosen.file_root),
             teacher=chosen.teacher,
+            quick_stop=chosen.quick_stop,
         )
         if chosen.service:
             names = tuple(name for name in chosen.service if name != "none")

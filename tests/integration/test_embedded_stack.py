@@ -131,5 +131,5 @@ def test_killing_the_supervisor_leaves_no_process_and_the_next_start_works(tmp_p
     until(
         lambda: not any(alive(stack.pid(name)) for name in stack.processes), 5, "a child lives on"
     )
-    with running_stack(root, StackOptions(services=())) as again:
+    with running_stack(root, StackOptions(services=(), quick_stop=True)) as again:
         assert again.store == stack.store
