@@ -23,9 +23,9 @@ class FileRefused(PermanentError):
         super().__init__(detail, reason="file_not_readable")
 
 
-def open_below(roots: Sequence[Path], reference: str, *inside: str) -> BinaryIO:
-    """Open a plain file for reading: the one that `reference` names, or `inside` that folder."""
-    asked = Path(file_path(reference), *inside)
+def open_below(roots: Sequence[Path], reference: str) -> BinaryIO:
+    """Open the plain file that a `file:` reference names, for reading."""
+    asked = Path(file_path(reference))
     path, root = _resolve(roots, asked)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -45,21 +45,6 @@ def open_below(roots: Sequence[Path], reference: str, *inside: str) -> BinaryIO:
         os.close(opened)
         raise FileRefused(f"{asked} is not a file")
     return os.fdopen(opened, "rb")
-
-
-def read_below(roots: Sequence[Path], reference: str, *inside: str, limit: int) -> bytes | None:
-    """Read a small file of a folder; None where the folder has none of this name."""
-    folder = Path(file_path(reference))
-    resolved, _ = _resolve(roots, folder)
-    if not resolved.is_dir():
-        raise FileRefused(f"{folder} is not a folder: expected one with weights and tokenizer")
-    if not (resolved / Path(*inside)).exists():
-        return None
-    with open_below(roots, reference, *inside) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise FileRefused(f"{folder / Path(*inside)} is larger than {limit} bytes")
-    return data
 
 
 def _resolve(roots: Sequence[Path], asked: Path) -> tuple[Path, Path]:

@@ -15,10 +15,14 @@ def _paths(value: object) -> object:
     return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
 
-def _names(value: object) -> object:
+def _words(value: object) -> object:
     if isinstance(value, str):
-        return [part.strip().lower() for part in value.split(",") if part.strip()]
+        return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def _names(value: object) -> object:
+    return _words(value.lower()) if isinstance(value, str) else value
 
 
 class TeacherGatewaySettings(ServiceSettings):
@@ -38,20 +42,33 @@ class TeacherGatewaySettings(ServiceSettings):
     file_roots: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = Field(
         (), description="folders below which `file:` references are opened, by the path separator"
     )
+    terms_file: Path | None = Field(
+        None,
+        description="catalogue of terms of your own, whose entries come before the shipped ones",
+    )
     allow_private_teachers: bool | None = Field(
         None, description="whether teachers may have private addresses; unset: when embedded"
     )
     worker_processes: int = Field(2, ge=1, le=64, description="jobs at once in one worker")
     collect_window: int = Field(8, ge=1, le=256, description="batches of a pipeline open at once")
-    max_body_bytes: int = Field(1_048_576, ge=1024, description="largest body of a request")
+    max_body_bytes: int = Field(262_144, ge=1024, description="largest body of a request")
     max_upload_bytes: int = Field(268_435_456, ge=1024, description="largest upload")
-    max_prompts: int = Field(2_000_000, ge=1, description="most lines of a file of prompts")
+    max_prompts: int = Field(200_000, ge=1, description="most lines of a file of prompts")
+    max_prompts_bytes: int = Field(4_294_967_296, ge=1, description="largest file of prompts")
+    secret_hosts: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = Field(
+        None,
+        description="which variable may be sent to which teacher's host, as NAME@host by commas; "
+        "unset: any when embedded, none when deployed",
+    )
 
     @model_validator(mode="after")
     def _roots_are_absolute(self) -> TeacherGatewaySettings:
         for root in self.file_roots:
             if not root.is_absolute():
                 raise ValueError(f"file_roots: expected absolute folders, found {str(root)!r}")
+        for pair in self.secret_hosts or ():
+            if pair.count("@") != 1:
+                raise ValueError(f"secret_hosts: expected NAME@host, found {pair!r}")
         return self
 
     @property

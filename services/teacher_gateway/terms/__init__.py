@@ -1,0 +1,1 @@
+"""May this teacher's answers train this student? Answered before anything is asked or paid."""
