@@ -177,8 +177,9 @@ class Stack:
                 pass
             finally:
                 self._state = "stopping"
+                slow = self.options.store is None and not self.options.quick_stop
                 self._say(
-                    "stopping; the store may take 20 s (a second Ctrl-C ends everything at once)"
+                    "stopping" + ("; the store takes about 15 s, a second Ctrl-C none" * slow)
                 )
                 self._supervisor.stop()
                 self._state = "stopped"
@@ -261,7 +262,7 @@ class Stack:
             name="teacher",
             argv=(sys.executable, "-m", "stillhouse.embedded.teacher", "--port", str(port)),
             env=base_environment({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}),
-            probe=_http_probe("127.0.0.1", port, "/health"),
+            probe=http_probe("127.0.0.1", port, "/health"),
             address=self._teacher_url() or "",
             start_order=_START["part"],
             stop_order=_STOP["service"],
@@ -281,7 +282,7 @@ class Stack:
             name=name,
             argv=(sys.executable, "-m", f"services.{service}", kind),
             env=self._service_env(name),
-            probe=_http_probe(_reachable(host), port, path),
+            probe=http_probe(_reachable(host), port, path),
             address=address,
             cwd=self._work_folder(service),
             start_order=_START["publisher" if publishes_unasked else "consumer"],
@@ -538,7 +539,7 @@ def _print(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-def _http_probe(host: str, port: int, path: str) -> Callable[[], None]:
+def http_probe(host: str, port: int, path: str) -> Callable[[], None]:
     """Return a probe that passes on 200; never through a proxy that the user may have set."""
 
     def ask() -> None:
