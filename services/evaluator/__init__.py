@@ -1,0 +1,1 @@
+"""Measures checkpoints against the teacher and writes the student folder."""

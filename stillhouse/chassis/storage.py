@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,10 +101,7 @@ class ObjectStore:
                 if _code(error) in _ABSENT:
                     return None
                 raise
-        headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        age = (now - answer["LastModified"]).total_seconds()
-        return Stored(data=data, etag=answer["ETag"], age_seconds=max(age, 0.0))
+        return Stored(data=data, etag=answer["ETag"], age_seconds=_age(answer))
 
     def get(self, ref: ObjectRef) -> bytes:
         """Read what a manifest names. Raises MissingObject or DigestMismatch with the key."""
@@ -124,27 +120,52 @@ class ObjectStore:
         """Stream what a manifest names into a file, checking size and digest on the way."""
         digest, size = hashlib.sha256(), 0
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        with _translated(ref.key):
+        try:
+            with _translated(ref.key):
+                try:
+                    body = self._client.get_object(Bucket=self.bucket, Key=ref.key)["Body"]
+                except ClientError as error:
+                    if _code(error) in _ABSENT:
+                        raise MissingObject(
+                            f"{ref.key} is named by a manifest and not in the store"
+                        ) from error
+                    raise
+                with temporary.open("wb") as file:
+                    for chunk in body.iter_chunks(_CHUNK):
+                        digest.update(chunk)
+                        size += len(chunk)
+                        file.write(chunk)
+            if size != ref.size or digest.hexdigest() != ref.sha256:
+                raise DigestMismatch(
+                    f"{ref.key}: expected {ref.size} bytes with SHA-256 {ref.sha256}, found {size} "
+                    f"bytes with {digest.hexdigest()}"
+                )
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def chunks(self, key: str, start: int = 0) -> Iterator[bytes] | None:
+        """Stream an object from a byte on, unchecked: the caller compares size and digest.
+
+        None when absent; it is opened before this returns.
+        """
+        wanted = {"Range": f"bytes={start}-"} if start else {}
+        with _translated(key):
             try:
-                body = self._client.get_object(Bucket=self.bucket, Key=ref.key)["Body"]
+                body = self._client.get_object(Bucket=self.bucket, Key=key, **wanted)["Body"]
             except ClientError as error:
                 if _code(error) in _ABSENT:
-                    raise MissingObject(
-                        f"{ref.key} is named by a manifest and not in the store"
-                    ) from error
+                    return None
                 raise
-            with temporary.open("wb") as file:
-                for chunk in body.iter_chunks(_CHUNK):
-                    digest.update(chunk)
-                    size += len(chunk)
-                    file.write(chunk)
-        if size != ref.size or digest.hexdigest() != ref.sha256:
-            temporary.unlink()
-            raise DigestMismatch(
-                f"{ref.key}: expected {ref.size} bytes with SHA-256 {ref.sha256}, found {size} "
-                f"bytes with {digest.hexdigest()}"
-            )
-        temporary.replace(path)
+
+        def read() -> Iterator[bytes]:
+            try:
+                with _translated(key):
+                    yield from body.iter_chunks(_CHUNK)
+            finally:
+                body.close()
+
+        return read()
 
     def get_model(self, ref: ObjectRef, model: type[M]) -> M:
         return model.model_validate_json(self.get(ref))
@@ -173,9 +194,7 @@ class ObjectStore:
                 if _code(error) in _ABSENT:
                     return None
                 raise
-        headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        return float(max((now - answer["LastModified"]).total_seconds(), 0.0))
+        return _age(answer)
 
     def keys(self, prefix: str) -> Iterator[str]:
         """List keys below a prefix. For deletion and metrics only: correctness never lists."""
@@ -184,6 +203,15 @@ class ObjectStore:
             for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
                 for entry in page.get("Contents", []):
                     yield entry["Key"]
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """List what keys below a prefix begin with, up to the next slash and with it. For metrics
+        and deletion only, like `keys`."""
+        with _translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=prefix, Delimiter="/"):
+                for entry in page.get("CommonPrefixes", []):
+                    yield entry["Prefix"]
 
     # Writing
 
@@ -264,7 +292,11 @@ class ObjectStore:
     # Start-up
 
     def self_test(self) -> None:
-        """Race conditional writes. Raises PermanentError when the store ignores conditions."""
+        """Race conditional writes, and look for the store's clock.
+
+        Raises PermanentError when the store ignores conditions or sends no `Date`, by which the
+        age of leases and attempts is told.
+        """
         key = f"self-test/{secrets.token_hex(8)}"
         bodies = [f"{key}:{n}".encode() for n in range(4)]
 
@@ -280,6 +312,7 @@ class ObjectStore:
 
         with ThreadPoolExecutor(len(bodies)) as pool:
             first = sum(pool.map(lambda body: won({"IfNoneMatch": "*"}, body), bodies))
+            self._check_clock(key)
             stored = self.read(key)
             etag = stored.etag if stored else "absent"
             bodies = [body + b"!" for body in bodies]
@@ -291,6 +324,16 @@ class ObjectStore:
                 f"race, found {first} with If-None-Match and {second} with If-Match): use a store "
                 "that does, such as SeaweedFS from 4.48 on or AWS S3",
                 reason="store_without_conditions",
+            )
+
+    def _check_clock(self, key: str) -> None:
+        with _translated(key):
+            answer = self._client.head_object(Bucket=self.bucket, Key=key)
+        if "date" not in answer["ResponseMetadata"]["HTTPHeaders"]:
+            raise PermanentError(
+                "the object store sends no Date header (expected its clock in each answer): put "
+                "it behind a server that does, or use another store",
+                reason="store_without_clock",
             )
 
 
@@ -309,6 +352,12 @@ def open_store(settings: ServiceSettings, **options: Any) -> ObjectStore:
 
 def _ref(key: str, data: bytes) -> ObjectRef:
     return ObjectRef(key=key, size=len(data), sha256=sha256_hex(data))
+
+
+def _age(answer: dict[str, Any]) -> float:
+    """Seconds since an object was written, by the store's own clock (`self_test` asked for it)."""
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return float(max((now - answer["LastModified"]).total_seconds(), 0.0))
 
 
 def _code(error: ClientError) -> str:

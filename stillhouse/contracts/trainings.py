@@ -137,6 +137,9 @@ class Figures(Record):
     stop_rate: float | None = None
     rows: int = 0
     tokens: int = 0
+    intervals: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="95 % bounds by the figure's name, over prompts"
+    )
 
 
 class SamplePair(Record):

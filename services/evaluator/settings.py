@@ -1,0 +1,55 @@
+"""Settings and time-outs of the evaluator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from stillhouse.chassis.jobs import Timeouts
+from stillhouse.chassis.model_folder import parse_roots
+from stillhouse.chassis.settings import ServiceSettings
+
+
+class EvaluatorSettings(ServiceSettings):
+    PREFIX: ClassVar[str] = "EVALUATOR_"
+
+    device: str = Field("cpu", description="torch device of the models: cpu, cuda, cuda:1")
+    threads: int = Field(1, ge=1, le=256, description="threads of torch")
+    file_roots: str = Field(
+        "", description="folders that `file:` references may name, parted like PATH"
+    )
+    rows_per_part: int = Field(
+        16, ge=1, le=1024, description="held-out rows in one job and one part of a report"
+    )
+    generate_tokens: int = Field(
+        128, ge=1, le=8192, description="longest answer that is sampled; the spec may say less"
+    )
+    stop_rate_prompts: int = Field(
+        12, ge=0, le=4096, description="test prompts answered to see whether answers end"
+    )
+    generate_batch: int = Field(32, ge=1, le=1024, description="answers sampled at once")
+    chunk_positions: int = Field(
+        64, ge=1, le=8192, description="positions whose full vocabulary is held at once"
+    )
+    reference_cache_mib: int = Field(
+        256, ge=0, description="memory for the reference's hidden states between jobs"
+    )
+    metrics_pipelines: int = Field(
+        200, ge=0, le=10_000, description="most pipelines whose figures are exported"
+    )
+    metrics_refresh_seconds: float = Field(
+        15, ge=1, description="least time between two looks for new reports"
+    )
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return parse_roots(self.file_roots)
+
+
+# A job is one part (16 rows) or the writing of one student folder.
+TIMEOUTS = {
+    "embedded": Timeouts(job=180, visibility=600),
+    "deployed": Timeouts(job=1500, visibility=5000),
+}
