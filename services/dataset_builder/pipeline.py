@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from services.dataset_builder import reasons
 from services.dataset_builder.records import Draft, Recipe, Reject
@@ -76,7 +78,10 @@ def _run(item: Item, answer: Answer | None, recipe: Recipe) -> Draft | Rejection
     except (StillhouseError, MemoryError):
         raise
     except Exception as error:
-        log.exception("a step failed; its item is rejected", step=running, item=item.item_id)
-        detail = f"step {running} failed: {type(error).__name__}"
+        # Kind and place alone: the text of an error may quote an answer.
+        kind, place = type(error).__name__, traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        log.error("a step failed", step=running, item=item.item_id, error=kind, where=where)
+        detail = f"step {running} failed: {kind} at {where}"
         return rejection(item.item_id, reasons.STEP_FAILED, detail)
     return draft

@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import msgspec
-
 from services.dataset_builder.vocabulary import Vocabulary
 from stillhouse.contracts.chat import ChatTokenizer
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.responses import Item
 from stillhouse.contracts.signals import StoredTopK
 from stillhouse.contracts.spec import DatasetOptions, Signal
-
-
-NULL = msgspec.Raw(b"null")
 
 
 class Reject(Exception):
@@ -67,7 +62,7 @@ class Draft:
     refusal: bool = False
     reasoning: bool = False
     usage_prompt_tokens: int | None = None
-    logprobs: msgspec.Raw = NULL
+    logprobs: bytes = b"null"
     answer_sha256: str = ""
     prompt_ids: tuple[int, ...] = ()
     answer_ids: tuple[int, ...] = ()

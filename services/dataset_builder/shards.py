@@ -6,7 +6,6 @@ the same object, so a writer that comes second finds its own bytes in the store.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -136,9 +135,7 @@ def _row(teacher: str, draft: Draft) -> dict[str, Any]:
         "prompt_id": draft.item.prompt_id,
         "sample": draft.item.sample,
         "teacher": teacher,
-        "messages": json.dumps(
-            [message.model_dump() for message in draft.item.messages], ensure_ascii=False
-        ),
+        "messages": canonical_json([m.model_dump() for m in draft.item.messages]).decode(),
         "answer": draft.text,
         "finish_reason": draft.finish_reason,
         "input_ids": draft.input_ids,

@@ -103,7 +103,7 @@ def support(kind: str, k: int) -> str:
     )
 
 
-def _parse(raw: msgspec.Raw) -> list[Position]:
+def _parse(raw: bytes) -> list[Position]:
     try:
         logprobs: Logprobs | None = _LOGPROBS.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -54,8 +54,7 @@ def parse(draft: Draft, recipe: Recipe) -> Draft:
         refusal=bool(message.refusal),
         reasoning=bool(message.reasoning_content),
         usage_prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
-        # Copied, so that the body it points into can go.
-        logprobs=choice.logprobs.copy(),
+        logprobs=bytes(choice.logprobs),
     )
 
 
@@ -84,6 +83,8 @@ def _constant(name: str) -> float:
 def _not_a_completion(body: str, error: Exception) -> Reject:
     try:
         _ERROR.decode(body)
+    except RecursionError:
+        return Reject(reasons.MALFORMED_JSON, f"nested too deep ({len(body)} characters)")
     except msgspec.DecodeError:
         return Reject(reasons.WRONG_SCHEMA, f"not a chat completion: {error}")
     return Reject(reasons.ERROR_BODY, "the teacher answered with an error object")
