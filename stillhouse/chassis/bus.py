@@ -94,15 +94,22 @@ def connect(broker_url: str, service: Service, visibility_timeout: float = 600) 
             yield connection
     except (OperationalError, OSError) as error:
         raise BrokerUnavailable(f"the broker did not answer: {error}") from error
-    except _transport_errors(broker_url) as error:
+    except transport_errors(broker_url) as error:
         raise BrokerUnavailable(f"the broker refused: {error}") from error
 
 
-def _transport_errors(broker_url: str) -> tuple[type[Exception], ...]:
+def transport_errors(broker_url: str) -> tuple[type[Exception], ...]:
+    """What kombu's transport for this URL may raise when the broker is away or refuses.
+
+    kombu counts KeyError among them on Valkey; here it would hide a mistake of ours.
+    """
     connection = Connection(broker_url)
-    return tuple(connection.recoverable_connection_errors) + tuple(
-        connection.recoverable_channel_errors
+    listed = (
+        *connection.recoverable_connection_errors,
+        *connection.connection_errors,
+        *connection.channel_errors,
     )
+    return (OperationalError, OSError, *(error for error in listed if error is not KeyError))
 
 
 def declare(connection: Any, broker_url: str) -> None:
@@ -125,7 +132,6 @@ class Publisher:
         self._service = service
         self._url = broker_url
         self._allowed = published_by(service)
-        self._declared = False
 
     def publish(self, *envelopes: Envelope) -> None:
         """Publish in order; each is taken by the broker when this returns. Raises
@@ -138,9 +144,8 @@ class Publisher:
                     reason="not_in_flow",
                 )
         with connect(self._url, self._service) as connection:
-            if not self._declared:
-                declare(connection, self._url)
-                self._declared = True
+            # Each time (15 ms): a broker that lost its data drops what no queue is bound to.
+            declare(connection, self._url)
             with connection.Producer(auto_declare=False) as producer:
                 for envelope in envelopes:
                     _send(producer, envelope, exchange=EXCHANGE.name, routing_key=envelope.type)

@@ -18,7 +18,6 @@ from typing import Any
 
 from celery import Celery, bootsteps, signals
 from kombu import Consumer, Exchange, Queue
-from kombu.exceptions import OperationalError
 from pydantic import BaseModel, ConfigDict
 from structlog.contextvars import bound_contextvars
 
@@ -31,6 +30,9 @@ from stillhouse.contracts.events import Event, Stage, StageFailed
 from stillhouse.contracts.flow import Service, consumed_by
 
 log = logs.logger(__name__)
+
+# Seconds until an event is tried again that could not be handed to the job queue.
+PUT_BACK_AFTER = 5.0
 
 
 class Job(BaseModel):
@@ -144,7 +146,9 @@ def make_app(shell: ServiceShell) -> Celery:
         accept_content=["json"],
         task_ignore_result=True,
         task_acks_late=True,
-        task_reject_on_worker_lost=True,
+        # A job that kills its process comes back at most DELIVERY_LIMIT times on RabbitMQ. Valkey
+        # counts nothing, so there the job ends and re-drive, which counts, sends its input again.
+        task_reject_on_worker_lost=not redis,
         task_acks_on_failure_or_timeout=True,
         task_time_limit=shell.timeouts.job,
         worker_prefetch_multiplier=1,
@@ -167,16 +171,34 @@ def make_app(shell: ServiceShell) -> Celery:
 
 
 def enqueue(app: Celery, job: Job) -> None:
-    """Put a job on its service's queue. Raises kombu's OperationalError without a broker."""
-    app.send_task(job.name, args=[job.model_dump_json(exclude_none=True)], retry=False)
+    """Put a job on its service's queue. Raises BrokerUnavailable, in seconds, without a broker."""
+    try:
+        app.send_task(
+            job.name,
+            args=[job.model_dump_json(exclude_none=True)],
+            # Once more, because the pool may hold a connection that a broker's restart cut.
+            retry=True,
+            retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 0.1},
+            timeout=bus.PUBLISH_TIMEOUT,
+            confirm_timeout=bus.PUBLISH_TIMEOUT,
+        )
+    except bus.transport_errors(app.conf.broker_url) as error:
+        raise bus.BrokerUnavailable(f"the broker did not take job {job.name}: {error}") from error
 
 
 def _event_step(shell: ServiceShell, app: Celery) -> type[bootsteps.ConsumerStep]:
     service, url = shell.service, shell.settings.broker_url
 
     class EventStep(bootsteps.ConsumerStep):  # type: ignore[misc]
+        """Consumes the service's events. Its callbacks never raise: Celery's loop would end the
+        worker or, on RabbitMQ, swallow the error and leave the event unacknowledged (measured)."""
+
         # After Tasks: an event must not arrive before the job queue is declared.
         requires = ("celery.worker.consumer:Tasks",)
+
+        def start(self, c: Any) -> None:
+            self._timer = c.timer
+            super().start(c)
 
         def get_consumers(self, channel: Any) -> list[Consumer]:
             bus.declare(channel.connection.client, url)
@@ -184,40 +206,62 @@ def _event_step(shell: ServiceShell, app: Celery) -> type[bootsteps.ConsumerStep
                 Consumer(
                     channel,
                     queues=[bus.event_queue(service, url)],
-                    on_message=lambda message: self._on_message(channel, message),
+                    on_message=self._on_message,
+                    on_decode_error=self._refuse,
                     accept=["json"],
                     prefetch_count=4,
                     tag_prefix="events",
                 )
             ]
 
-        def _on_message(self, channel: Any, message: Any) -> None:
-            """Never raises (that would end or silence the worker) but for errors of the
-            connection, on which Celery reconnects and the event comes again."""
+        def _on_message(self, message: Any) -> None:
             started = time.monotonic()
             try:
                 envelope = Envelope.decode(message.body)
                 event = envelope.event()
-                for job in shell.handlers[type(event)](envelope, event):
-                    enqueue(app, job)
-                metrics.EVENTS.labels(service, envelope.type, "taken").inc()
-                metrics.EVENT_AGE.labels(service).set(
-                    max(0.0, time.time() - envelope.occurred_at.timestamp())
-                )
-                message.ack()
-            except (
-                OperationalError,
-                OSError,
-                *message.channel.connection.client.connection_errors,
-            ):
-                raise
+                jobs = shell.handlers[type(event)](envelope, event)
             except Exception as error:
-                log.exception("event refused", service=service)
-                metrics.EVENTS.labels(service, "unknown", "refused").inc()
-                bus.bury(channel, service, url, message, f"{type(error).__name__}: {error}")
+                self._refuse(message, error)
+                return
+            try:
+                for job in jobs:
+                    enqueue(app, job)
                 message.ack()
+            except Exception as error:
+                self._put_back(message, error)
+                return
+            metrics.EVENTS.labels(service, envelope.type, "taken").inc()
+            metrics.EVENT_AGE.labels(service).set(
+                max(0.0, time.time() - envelope.occurred_at.timestamp())
+            )
             if time.monotonic() - started > 1:
                 log.warning("a handler took over a second", service=service)
+
+        def _refuse(self, message: Any, error: Exception) -> None:
+            """Move what cannot be handled to the dead queue, with the reason."""
+            log.error("event refused", service=service, exc_info=error)
+            metrics.EVENTS.labels(service, "unknown", "refused").inc()
+            reason = f"{type(error).__name__}: {error}"
+            try:
+                # On a channel of its own: a confirm awaited on the consumer's would run the
+                # callbacks of other deliveries inside this one.
+                with app.producer_or_acquire() as producer:
+                    bus.bury(producer.channel, service, url, message, reason)
+                message.ack()
+            except Exception as failure:
+                self._put_back(message, failure)
+
+        def _put_back(self, message: Any, error: Exception) -> None:
+            """Have an event delivered again a little later: the broker did not take its jobs."""
+            log.warning("event put back", service=service, why=str(error))
+            self._timer.call_after(PUT_BACK_AFTER, lambda: self._requeue(message))
+
+        def _requeue(self, message: Any) -> None:
+            try:
+                message.requeue()
+            except Exception as error:
+                # Its connection is gone, and with that the broker gives it out again by itself.
+                log.info("event not put back by hand", service=service, why=str(error))
 
     return EventStep
 

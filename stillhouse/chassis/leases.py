@@ -127,13 +127,25 @@ class Lease(Generic[State]):
             # A lost reply makes our own success look like a loss: the write_id tells.
             stored = self._store.read(self._key)
             if stored is None or stored.data != data:
-                if stored is None or stored.etag != self._etag:
+                if stored is None or not self._adopt(stored):
                     self._lost.set()
                     raise LeaseLost(f"the lease {self._key} was taken over") from error
                 raise StoreUnavailable(f"{self._key} was not written: {error}") from error
             etag = stored.etag
         self._state, self._etag, self._renewed_at = state, etag, sent_at
         return state
+
+    def _adopt(self, stored: Stored) -> bool:
+        """Whether the stored state is ours: the last written one, or an earlier write of this
+        holder that the store took after it had seemed to fail; then go on from that one."""
+        if stored.etag == self._etag:
+            return True
+        found: Any = type(self._state).model_validate_json(stored.data)
+        mine: Any = self._state
+        if (found.epoch, found.holder) != (mine.epoch, mine.holder):
+            return False
+        self._state, self._etag = found, stored.etag
+        return True
 
     def _beat(self) -> None:
         while not self._ended.wait(self._times.beat):

@@ -24,7 +24,8 @@ class ServiceSettings(BaseModel):
 
     PREFIX: ClassVar[str]
 
-    broker_url: str = Field(description="kombu URL of the broker (amqp://, redis://)")
+    # Not shown: it may hold a password.
+    broker_url: str = Field(description="kombu URL of the broker (amqp://, redis://)", repr=False)
     store_endpoint_url: str | None = Field(None, description="S3 endpoint; none for AWS itself")
     store_bucket: str = Field("stillhouse", description="bucket of all objects")
     store_region: str = Field("us-east-1", description="region of the bucket")
