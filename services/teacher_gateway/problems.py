@@ -7,6 +7,7 @@ number that its log line carries too.
 
 from __future__ import annotations
 
+import errno
 import secrets
 from http import HTTPStatus
 from typing import Any
@@ -16,8 +17,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from stillhouse.chassis.errors import PermanentError, RetryableError
+from services.teacher_gateway.database import DatabaseUnavailable
+from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
 from stillhouse.chassis.logs import logger
 
 log = logger(__name__)
@@ -113,6 +116,13 @@ def from_exception(error: Exception) -> ProblemError:
             "the object store refused the gateway: the operator should check endpoint, bucket "
             "and keys (TEACHER_GATEWAY_STORE_...)",
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("the disk is full", why=str(error))
+        return ProblemError(
+            507, "disk-full", "the gateway's disk is full: the operator should make room"
+        )
+    if isinstance(error, ClientDisconnect):
+        return ProblemError(400, "broken-off", "the request broke off: send it again")
     number = secrets.token_hex(6)
     log.error("request failed", number=number, exc_info=error)
     return ProblemError(
@@ -123,8 +133,11 @@ def from_exception(error: Exception) -> ProblemError:
 
 
 def _kind(error: RetryableError) -> str:
-    kinds = {"DatabaseUnavailable": "the database", "StoreUnavailable": "the object store"}
-    return kinds.get(type(error).__name__, "another part")
+    if isinstance(error, StoreUnavailable):
+        return "the object store"
+    if isinstance(error, DatabaseUnavailable):
+        return "the database, whose disk is full" if "is full" in str(error) else "the database"
+    return str(error)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -176,6 +189,6 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    for kind in (ProblemError, RetryableError, PermanentError):
+    for kind in (ProblemError, RetryableError, PermanentError, OSError, ClientDisconnect):
         app.add_exception_handler(kind, raised)
     app.add_exception_handler(Exception, raised)

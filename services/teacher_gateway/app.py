@@ -1,0 +1,97 @@
+"""The REST API as an ASGI app: parts in, app out; opens no connection and reads no environment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from services.teacher_gateway import problems
+from services.teacher_gateway.database import open_engine
+from services.teacher_gateway.limits import RequestLimits
+from services.teacher_gateway.metrics import RequestMetrics
+from services.teacher_gateway.problems import Problem
+from services.teacher_gateway.routes import operations, pipelines, records, results, uploads
+from services.teacher_gateway.routes.parts import Gateway
+from services.teacher_gateway.settings import TeacherGatewaySettings
+from services.teacher_gateway.terms.gate import load_catalogue
+from stillhouse.chassis.storage import open_store
+from stillhouse.contracts.spec import Spec
+
+ROUTERS = (pipelines.router, records.router, results.router, uploads.router, operations.router)
+
+
+def create_app(settings: TeacherGatewaySettings) -> FastAPI:
+    """Build the API with parts of its own. Raises PermanentError for a bad catalogue of terms."""
+    return app_of(
+        Gateway(
+            settings=settings,
+            engine=open_engine(settings.database_url),
+            store=open_store(settings, connect_timeout=2, read_timeout=20, attempts=3),
+            probe=open_store(settings, connect_timeout=1, read_timeout=2, attempts=1),
+            catalogue=load_catalogue(settings.terms_file),
+        )
+    )
+
+
+def app_of(gateway: Gateway) -> FastAPI:
+    """Build the API on given parts."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        gateway.engine.dispose()
+
+    app = FastAPI(
+        title="Stillhouse",
+        version=_version(),
+        description="Distil a large language model into a small one, as a service.",
+        lifespan=lifespan,
+        # The pages would load scripts from elsewhere; /openapi.json says the same.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.gateway = gateway
+    for router in ROUTERS:
+        app.include_router(router)
+    problems.install(app)
+    settings = gateway.settings
+
+    def max_bytes(path: str) -> int:
+        uploading = path.startswith("/v1/uploads/")
+        return settings.max_upload_bytes if uploading else settings.max_body_bytes
+
+    app.add_middleware(RequestLimits, hosts=settings.hosts, max_bytes=max_bytes)
+    app.add_middleware(RequestMetrics)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with the two schemas that no parameter or answer of it brings in."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+        )
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for model in (Problem, Spec):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= {k: v for k, v in schema.pop("$defs", {}).items() if k not in schemas}
+            schemas[model.__name__] = schema
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _version() -> str:
+    try:
+        return version("stillhouse")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,160 @@
+"""What a pipeline left behind in SQL: its events, rejections and charges."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from sqlalchemy import func, select, tuple_
+
+from services.teacher_gateway.database import reading
+from services.teacher_gateway.models import Charge, History, Item
+from services.teacher_gateway.problems import ProblemError, responses
+from services.teacher_gateway.routes.parts import Limit, Parts, PipelineId, Who, moment, owned
+from services.teacher_gateway.routes.pipelines import cost_of
+from services.teacher_gateway.schemas import (
+    Charges,
+    ChargeView,
+    Events,
+    EventView,
+    Rejections,
+    RejectionView,
+)
+from stillhouse.contracts.artifacts import ID_PATTERN
+from stillhouse.contracts.envelope import Envelope
+
+router = APIRouter(
+    prefix="/v1/pipelines/{pipeline_id}",
+    tags=["records"],
+    responses=responses(400, 401, 404, 422, 503),
+)
+
+
+@router.get("/events", response_model=Events)
+def list_events(
+    pipeline_id: PipelineId,
+    who: Who,
+    parts: Parts,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="the last sequence seen")] = 0,
+    limit: Limit = 100,
+) -> Events:
+    """List the stored events of a pipeline in the order in which they were recorded."""
+    with reading(parts.engine) as session:
+        owned(session, who, pipeline_id)
+        found = list(
+            session.scalars(
+                select(History)
+                .where(History.pipeline_id == pipeline_id, History.sequence > after)
+                .order_by(History.sequence)
+                .limit(limit + 1)
+            )
+        )
+    page = [_event(entry) for entry in found[:limit]]
+    return Events(items=page, next=page[-1].sequence if len(found) > limit else None)
+
+
+def _event(entry: History) -> EventView:
+    envelope = Envelope.decode(entry.envelope)
+    return EventView(
+        sequence=entry.sequence,
+        event_id=envelope.event_id,
+        type=envelope.type,
+        version=envelope.version,
+        occurred_at=envelope.occurred_at,
+        recorded_at=moment(entry.recorded_at),
+        caused_by=envelope.caused_by,
+        payload=envelope.payload,
+    )
+
+
+@router.get("/rejections", response_model=Rejections)
+def list_rejections(
+    pipeline_id: PipelineId,
+    who: Who,
+    parts: Parts,
+    reason: Annotated[
+        str | None, Query(pattern=r"^[a-z0-9_]{1,64}$", description="only those with this reason")
+    ] = None,
+    after: Annotated[
+        str | None, Query(pattern=ID_PATTERN, description="`next` of the page before")
+    ] = None,
+    limit: Limit = 100,
+) -> Rejections:
+    """List the items that became no row, with stage, reason and detail."""
+    rejected = (Item.pipeline_id == pipeline_id, Item.outcome == "rejected")
+    query = select(Item).where(*rejected)
+    if reason is not None:
+        query = query.where(Item.reason == reason)
+    if after is not None:
+        query = query.where(Item.item_id > after)
+    with reading(parts.engine) as session:
+        owned(session, who, pipeline_id)
+        found = list(session.scalars(query.order_by(Item.item_id).limit(limit + 1)))
+        counts = session.execute(
+            select(Item.reason, func.count()).where(*rejected).group_by(Item.reason)
+        ).all()
+    page = found[:limit]
+    return Rejections(
+        items=[
+            RejectionView(
+                item_id=item.item_id,
+                batch=item.batch,
+                stage=item.stage,
+                reason=item.reason,
+                detail=item.detail,
+            )
+            for item in page
+        ],
+        next=page[-1].item_id if len(found) > limit else None,
+        counts={name: count for name, count in counts},  # noqa: C416 (rows are not pairs)
+    )
+
+
+@router.get("/charges", response_model=Charges)
+def list_charges(
+    pipeline_id: PipelineId,
+    who: Who,
+    parts: Parts,
+    after: Annotated[
+        str | None,
+        Query(pattern=r"^[a-z0-9:._-]{1,80}$", description="`next` of the page before"),
+    ] = None,
+    limit: Limit = 500,
+) -> Charges:
+    """List the ledger's lines: what was paid for, and what may have been billed besides."""
+    order = (Charge.booked_at, Charge.charge_id)
+    query = select(Charge).where(Charge.pipeline_id == pipeline_id)
+    with reading(parts.engine) as session:
+        pipeline = owned(session, who, pipeline_id)
+        if after is not None:
+            last = session.get(Charge, (pipeline_id, after))
+            if last is None:
+                raise ProblemError(
+                    422, "cursor", "`after` names no charge: give `next` of the page before"
+                )
+            query = query.where(tuple_(*order) > (last.booked_at, last.charge_id))
+        found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
+        totals = session.execute(
+            select(Charge.kind, func.sum(Charge.microusd))
+            .where(Charge.pipeline_id == pipeline_id)
+            .group_by(Charge.kind)
+        ).all()
+    page = found[:limit]
+    return Charges(
+        items=[
+            ChargeView(
+                charge_id=charge.charge_id,
+                kind=charge.kind,
+                batch=charge.batch,
+                attempt=charge.attempt,
+                answers=charge.answers,
+                microusd=charge.microusd,
+                detail=charge.detail,
+                booked_at=moment(charge.booked_at),
+            )
+            for charge in page
+        ],
+        next=page[-1].charge_id if len(found) > limit else None,
+        cost=cost_of(pipeline),
+        totals_microusd={kind: int(total) for kind, total in totals},
+    )
