@@ -46,12 +46,33 @@ def state_of(pipeline: Json) -> str:
 
 def stages_table(pipeline: Json) -> Table:
     """One row a stage: its state, and what its newest figures say."""
-    rows = []
-    for stage in STAGES:
-        entry = pipeline["stages"][stage]
-        figures = "  ".join(f"{k} {number(v)}" for k, v in (entry.get("figures") or {}).items())
-        rows.append((stage, entry["state"], figures or NONE))
+    rows = [
+        (stage, pipeline["stages"][stage]["state"], stage_figures(pipeline, stage) or NONE)
+        for stage in STAGES
+    ]
     return Table("", ("stage", "state", "figures"), rows)
+
+
+def stage_line(pipeline: Json, stage: str) -> str:
+    """One stage in a line, for logs."""
+    state = pipeline["stages"][stage]["state"]
+    return f"{stage:<8}  {state:<9}  {stage_figures(pipeline, stage)}".rstrip()
+
+
+def stage_figures(pipeline: Json, stage: str) -> str:
+    """Counts that the gateway keeps of a stage, then what the stage itself told last."""
+    figures = dict(pipeline["stages"][stage]["figures"])
+    figures.pop("at", None)  # when they came
+    if stage == "collect" and pipeline["batches"]:
+        words = [f"batches {pipeline['batches_closed']}/{pipeline['batches']}"]
+    elif stage == "build" and pipeline["items"]:
+        rejected = sum(pipeline["rejections"].values())
+        words = [f"rows {pipeline['rows']}/{pipeline['items']}", f"rejected {rejected}"]
+        figures.pop("rows", None)
+        figures.pop("rejected", None)
+    else:
+        words = []
+    return ", ".join([*words, *(f"{name} {number(value)}" for name, value in figures.items())])
 
 
 def summary_lines(pipeline: Json) -> list[str]:
@@ -124,8 +145,9 @@ def rejections_table(rejections: Iterable[Json]) -> Table:
 
 def event_line(event: Json) -> str:
     payload = event.get("payload") or {}
+    flat = {**payload, **(payload.get("figures") or {})}
     told = "  ".join(
-        f"{key}={_value(value)}" for key, value in payload.items() if not isinstance(value, dict)
+        f"{key}={_value(value)}" for key, value in flat.items() if not isinstance(value, dict)
     )
     return f"{event['sequence']:>5}  {moment(event['occurred_at'])}  {event['type']:<22}  {told}"
 
@@ -173,13 +195,6 @@ def _figure(key: str, value: float | None) -> str:
 
 def _value(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
-
-
-def stage_line(pipeline: Json, stage: str) -> str:
-    """One stage in a line, for logs."""
-    entry = pipeline["stages"][stage]
-    figures = "  ".join(f"{k} {number(v)}" for k, v in (entry.get("figures") or {}).items())
-    return f"{stage:<8} {entry['state']:<9} {figures}".rstrip()
 
 
 def check_lines(found: Json) -> list[str]:
