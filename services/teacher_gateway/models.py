@@ -215,6 +215,7 @@ class Redrive(Base):
     pair: Mapped[int] = mapped_column(Integer, primary_key=True)  # -1 where there is one
     tries: Mapped[int] = mapped_column(Integer, default=0)  # counted ones
     sent: Mapped[int] = mapped_column(Integer, default=0)
+    last_at: Mapped[float] = mapped_column(Float, default=0.0)  # when it was sent last
     next_at: Mapped[float] = mapped_column(Float)
 
 

@@ -50,6 +50,9 @@ class TeacherGatewaySettings(ServiceSettings):
         None, description="whether teachers may have private addresses; unset: when embedded"
     )
     worker_processes: int = Field(2, ge=1, le=64, description="jobs at once in one worker")
+    collect_jobs: int | None = Field(
+        None, ge=1, description="batches asked at once in all; unset: a worker's processes less one"
+    )
     collect_window: int = Field(8, ge=1, le=256, description="batches of a pipeline open at once")
     max_body_bytes: int = Field(262_144, ge=1024, description="largest body of a request")
     max_upload_bytes: int = Field(268_435_456, ge=1024, description="largest upload")

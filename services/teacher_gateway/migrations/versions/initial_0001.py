@@ -199,6 +199,7 @@ def upgrade() -> None:
         sa.Column("pair", sa.Integer(), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("sent", sa.Integer(), nullable=False),
+        sa.Column("last_at", sa.Float(), nullable=False),
         sa.Column("next_at", sa.Float(), nullable=False),
         sa.ForeignKeyConstraint(
             ["pipeline_id"],

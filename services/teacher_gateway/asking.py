@@ -1,0 +1,311 @@
+"""Ask a teacher for many items at once, and store what it says while it is still speaking.
+
+One attempt at a batch: some callers share the items, one writer stores the answers in parts, one
+beat renews the lease. Everything on a clock of this process: a call starts only while it can end
+within the attempt, and nothing is asked once the lease is not surely held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+from services.teacher_gateway import reasons
+from services.teacher_gateway.counters import CALL_SECONDS, CALLS
+from services.teacher_gateway.ledger import cost_microusd
+from services.teacher_gateway.parts import PART_ANSWERS, PART_SECONDS, encode_part
+from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject
+from services.teacher_gateway.timeouts import GatewayTimeouts
+from stillhouse.chassis.crash import crash_point
+from stillhouse.chassis.errors import RetryableError, StoreUnavailable
+from stillhouse.chassis.logs import logger
+from stillhouse.chassis.storage import AlreadyExists
+from stillhouse.contracts.artifacts import ObjectRef
+from stillhouse.contracts.chat import Message
+from stillhouse.contracts.responses import Answer, Item
+from stillhouse.contracts.spec import Price
+
+log = logger(__name__)
+
+# Answers that exist nowhere but here, beside those still being spoken: a crash loses no more.
+UNSTORED_ANSWERS = PART_ANSWERS
+
+
+class Fenced(RetryableError):
+    """Another worker took the batch over: this one has nothing more to say about it."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An item to ask for, and the most that one call for it can cost."""
+
+    item: Item
+    worst_microusd: int
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """An item without an answer in this attempt; `retry_at` is on this process's clock."""
+
+    item_id: str
+    reason: str
+    detail: str
+    after: float | None = None
+
+
+class Books(Protocol):
+    """What an attempt writes down while it goes on: the ledger and the store, by blocking calls.
+
+    All raise Fenced once the batch is another's.
+    """
+
+    def renew(self) -> bool:
+        """Renew the lease; False when the pipeline stops."""
+
+    def lost(self, asked: Asked, call: int, detail: str, *, again: bool) -> bool:
+        """List a call whose bill is unknown; reserve for another one; False when none fits."""
+
+    def rejected(self, asked: Asked, call: int, outcome: Reject) -> None:
+        """Record that an item is rejected, and what it cost."""
+
+    def store(self, number: int, data: bytes) -> ObjectRef:
+        """Store a part. Raises AlreadyExists when the series was ended."""
+
+
+class Ask(Protocol):
+    async def __call__(
+        self, messages: list[Message], *, seed_of: str, deadline: float
+    ) -> Outcome: ...
+
+
+@dataclass
+class Result:
+    """What an attempt came to."""
+
+    parts: list[ObjectRef] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    given_up: list[GivenUp] = field(default_factory=list)
+    rejected: set[str] = field(default_factory=set)
+    stopping: bool = False
+
+
+class Attempt:
+    """One attempt at a batch. `run` returns when every item has an end or time is up.
+
+    It raises Fenced when the batch was taken over, and StoreUnavailable (or the database's error)
+    when what was answered could not be kept: the next attempt lists what may have been billed.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        books: Books,
+        *,
+        price: Price,
+        times: GatewayTimeouts,
+        concurrency: int,
+        call_seconds: float,
+        started: float,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._ask = ask
+        self._books = books
+        self._price = price
+        self._times = times
+        self._concurrency = concurrency
+        self._call_seconds = min(call_seconds, times.call)
+        self._started = started  # by time.monotonic(), before the lease was taken
+        self._ends = started + times.attempt
+        self._renewed = started
+        self._rng = rng or random.Random()  # noqa: S311 jitter is no secret
+        self._result = Result()
+        self._queue: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._halted = asyncio.Event()
+        self._slots = asyncio.Semaphore(concurrency + UNSTORED_ANSWERS)
+        self._slower_until = 0.0
+
+    async def run(self, items: list[Asked]) -> Result:
+        """Ask for the items; see the class."""
+        waiting = deque(items)
+        beat = asyncio.create_task(self._beat(), name="beat")
+        writer = asyncio.create_task(self._write(), name="writer")
+        callers = [
+            asyncio.create_task(self._call(waiting), name="caller")
+            for _ in range(min(self._concurrency, len(items)))
+        ]
+        everyone = asyncio.gather(*callers)
+        try:
+            while not everyone.done():
+                await asyncio.wait((everyone, writer, beat), return_when=asyncio.FIRST_COMPLETED)
+                for task in (writer, beat):
+                    if task.done():
+                        task.result()  # an error of either ends the attempt
+            await everyone
+            await self._queue.put(None)
+            await writer
+        finally:
+            for task in (beat, writer, *callers):
+                task.cancel()
+            await asyncio.gather(beat, writer, *callers, return_exceptions=True)
+        return self._result
+
+    def _may_call(self) -> bool:
+        """Whether a whole call still fits into the attempt, under a lease that is surely held."""
+        now = time.monotonic()
+        surely = now < self._renewed + self._times.lease_ttl - self._times.beat
+        fits = now + self._call_seconds <= self._ends
+        return surely and fits and not self._halted.is_set()
+
+    async def _call(self, waiting: deque[Asked]) -> None:
+        while waiting and self._may_call():
+            await self._one(waiting.popleft())
+
+    async def _one(self, asked: Asked) -> None:
+        """Ask for one item until it is answered, rejected, or given up for now."""
+        item, last = asked.item, None
+        for call in range(1, self._times.tries + 1):
+            await self._slots.acquire()
+            held = True
+            try:
+                await self._pause(self._slower_until - time.monotonic())
+                if not self._may_call():
+                    break
+                outcome = await self._timed(item)
+                if isinstance(outcome, Answered) and (over := self._over(asked, outcome)):
+                    outcome = over
+                if isinstance(outcome, Answered):
+                    held = False  # the writer gives the slot back once the answer is stored
+                    await self._queue.put(self._answer(item, outcome))
+                    return
+                if isinstance(outcome, Reject):
+                    await asyncio.to_thread(self._books.rejected, asked, call, outcome)
+                    self._result.rejected.add(item.item_id)
+                    return
+                last = outcome
+                more = call < self._times.tries
+                if outcome.lost and not await asyncio.to_thread(
+                    self._books.lost, asked, call, outcome.detail, again=more
+                ):
+                    break
+            finally:
+                if held:
+                    self._slots.release()
+            if not more:
+                break
+            wait = self._times.try_backoff * 2 ** (call - 1) * self._rng.uniform(0.5, 1.5)
+            wait = max(wait, outcome.after or 0.0)
+            if time.monotonic() + wait + self._call_seconds > self._ends:
+                break  # a longer wait is the batch's `next_attempt_at`, never a sleep
+            if outcome.reason == reasons.TEACHER_RATE_LIMITED:
+                self._slower_until = max(self._slower_until, time.monotonic() + wait)
+            await self._pause(wait)
+        if last is not None:
+            self._result.given_up.append(
+                GivenUp(item.item_id, last.reason, last.detail, last.after)
+            )
+
+    async def _timed(self, item: Item) -> Outcome:
+        started = time.monotonic()
+        outcome = await self._ask(item.messages, seed_of=item.item_id, deadline=self._call_seconds)
+        CALL_SECONDS.observe(time.monotonic() - started)
+        CALLS.labels("answered" if isinstance(outcome, Answered) else outcome.reason).inc()
+        crash_point("answer_received")
+        return outcome
+
+    def _over(self, asked: Asked, outcome: Answered) -> Reject | None:
+        """An answer that costs more than was asked for is refused, and its worst case listed."""
+        usage = outcome.usage
+        cost = cost_microusd(self._price, usage.prompt_tokens, usage.completion_tokens)
+        if cost <= asked.worst_microusd:
+            return None
+        return Reject(
+            reasons.TEACHER_INVALID,
+            f"the usage ({usage.prompt_tokens} prompt and {usage.completion_tokens} completion "
+            "tokens) is more than was asked for",
+            lost=True,
+        )
+
+    def _answer(self, item: Item, outcome: Answered) -> Answer:
+        usage = outcome.usage
+        return Answer(
+            item_id=item.item_id,
+            body=outcome.body,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cost_microusd=cost_microusd(self._price, usage.prompt_tokens, usage.completion_tokens),
+            received_at=datetime.now(UTC).isoformat(),
+        )
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past a halt."""
+        if seconds > 0 and not self._halted.is_set():
+            try:
+                await asyncio.wait_for(self._halted.wait(), seconds)
+            except TimeoutError:
+                return
+
+    async def _write(self) -> None:
+        """The one writer: parts in sequence, each of 16 answers or what came in 5 seconds."""
+        ended = False
+        while not ended:
+            first = await self._queue.get()
+            if first is None:
+                return
+            batch, until = [first], time.monotonic() + PART_SECONDS
+            while len(batch) < PART_ANSWERS and not ended:
+                try:
+                    left = max(until - time.monotonic(), 0.0)
+                    more = await asyncio.wait_for(self._queue.get(), left)
+                except TimeoutError:
+                    break
+                if more is None:
+                    ended = True
+                else:
+                    batch.append(more)
+            await self._store(batch)
+            for _ in batch:
+                self._slots.release()
+
+    async def _store(self, batch: list[Answer]) -> None:
+        crash_point("part_ready")
+        number, data = len(self._result.parts) + 1, encode_part(batch)
+        while True:
+            try:
+                ref = await asyncio.to_thread(self._books.store, number, data)
+                break
+            except AlreadyExists as error:
+                raise Fenced("the series of parts was ended by a later attempt") from error
+            except StoreUnavailable as error:
+                # New calls wait meanwhile: their answers could not be kept.
+                if time.monotonic() > self._ends:
+                    raise
+                log.warning("a part was not stored yet", why=str(error))
+                await asyncio.sleep(1)
+        self._result.parts.append(ref)
+        self._result.answers.extend(batch)
+        crash_point("part_stored")
+
+    async def _beat(self) -> None:
+        """Renew the lease. Without a renewal nothing is asked near the end of its life."""
+        margin = self._times.beat
+        while True:
+            await asyncio.sleep(self._times.beat)
+            sent = time.monotonic()
+            try:
+                going = await asyncio.to_thread(self._books.renew)
+                self._renewed = sent
+            except Fenced:
+                raise
+            except RetryableError as error:
+                log.warning("the lease was not renewed", why=str(error))
+                if time.monotonic() > self._renewed + self._times.lease_ttl - margin:
+                    raise
+                continue
+            if not going:
+                self._result.stopping = True
+                self._halted.set()

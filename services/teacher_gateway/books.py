@@ -1,0 +1,255 @@
+"""What an attempt at a batch writes down while it goes on, each in one short transaction.
+
+Every write is fenced by the attempt's epoch: once another worker holds the batch, nothing of this
+one counts any more, but what it stored in time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from services.teacher_gateway.asking import (
+    UNSTORED_ANSWERS,
+    Asked,
+    Fenced,
+)
+from services.teacher_gateway.batch_input import BatchInput
+from services.teacher_gateway.claims import Claim, plan
+from services.teacher_gateway.context import Context
+from services.teacher_gateway.counters import ADOPTED
+from services.teacher_gateway.database import now, transaction
+from services.teacher_gateway.ledger import (
+    Kind,
+    Line,
+    changed,
+    cost_microusd,
+    lock,
+    settle,
+)
+from services.teacher_gateway.models import Batch, Item, Pipeline
+from services.teacher_gateway.parts import Series
+from services.teacher_gateway.teachers.outcomes import Reject
+from stillhouse.contracts.artifacts import (
+    ObjectRef,
+    part_key,
+)
+from stillhouse.contracts.responses import (
+    Answer,
+    Rejection,
+)
+
+
+class Books:
+    """What an attempt writes down, each in one short transaction under its epoch."""
+
+    def __init__(
+        self, context: Context, claim: Claim, given: BatchInput | None, started: float
+    ) -> None:
+        self._context = context
+        self._claim = claim
+        self._given = given
+        self._holds_until = started + context.times.lease
+
+    def fenced(self, session: Session) -> Batch:
+        """The batch's row, held for this transaction, if it is still this attempt's."""
+        claim = self._claim
+        lock(session, claim.pipeline_id)
+        row = session.execute(
+            select(Batch)
+            .where(Batch.pipeline_id == claim.pipeline_id, Batch.batch == claim.batch)
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).scalar_one()
+        if row.epoch != claim.epoch or row.state == "closed":
+            raise Fenced(f"batch {claim.batch}: expected epoch {claim.epoch}, found {row.epoch}")
+        return row
+
+    def renew(self) -> bool:
+        claim, times = self._claim, self._context.times
+        left = min(times.lease_ttl, self._holds_until - time.monotonic())
+        with transaction(self._context.engine) as session:
+            renewed = changed(
+                session,
+                update(Batch)
+                .where(
+                    Batch.pipeline_id == claim.pipeline_id,
+                    Batch.batch == claim.batch,
+                    Batch.epoch == claim.epoch,
+                    Batch.state != "closed",
+                )
+                .values(lease_until=now(session) + left),
+            )
+            if not renewed:
+                raise Fenced(f"batch {claim.batch} is held by a later attempt")
+            stopping = select(Pipeline.stopping).where(Pipeline.pipeline_id == claim.pipeline_id)
+            return not session.execute(stopping).scalar_one()
+
+    def lost(self, asked: Asked, call: int, detail: str, *, again: bool) -> bool:
+        claim, worst = self._claim, asked.worst_microusd
+        line = self._line(f"lost:{self._of(asked, call)}", "unknown", worst, detail)
+        with transaction(self._context.engine) as session:
+            row = self.fenced(session)
+            if again and settle(session, claim.pipeline_id, [line], release=worst, reserve=worst):
+                return True
+            settle(session, claim.pipeline_id, [line], release=worst)
+            row.reserved_microusd -= worst
+            return False
+
+    def rejected(self, asked: Asked, call: int, outcome: Reject) -> None:
+        claim, worst = self._claim, asked.worst_microusd
+        lines: list[Line] = []
+        if outcome.lost:
+            charge_id = f"lost:{self._of(asked, call)}"
+            lines.append(self._line(charge_id, "unknown", worst, outcome.detail))
+        elif outcome.usage is not None and self._given is not None:
+            cost = cost_microusd(
+                self._given.resolved.teacher.usd_per_million,
+                outcome.usage.prompt_tokens,
+                outcome.usage.completion_tokens,
+            )
+            charge_id = f"unused:{self._of(asked, call)}"
+            detail = f"{outcome.reason}: {outcome.detail}"
+            lines.append(self._line(charge_id, "unused", min(cost, worst), detail))
+        with transaction(self._context.engine) as session:
+            row = self.fenced(session)
+            settle(session, claim.pipeline_id, lines, release=worst)
+            row.reserved_microusd -= worst
+            reject(
+                session,
+                claim,
+                [
+                    Rejection(
+                        item_id=asked.item.item_id,
+                        stage="collect",
+                        reason=outcome.reason,
+                        detail=outcome.detail[:500],
+                    )
+                ],
+            )
+
+    def store(self, number: int, data: bytes) -> ObjectRef:
+        claim = self._claim
+        key = part_key(claim.tenant_id, claim.pipeline_id, claim.batch, claim.attempt, number)
+        return self._context.store.put_new(key, data)
+
+    def adopt(self, series: Sequence[Series], given: BatchInput | None) -> None:
+        """Step 2: settle what dead attempts stored, list what they may have lost, and reserve
+        for what is still to be asked."""
+        claim = self._claim
+        if not claim.dead:
+            return
+        with transaction(self._context.engine) as session:
+            row = self.fenced(session)
+            lines: list[Line] = []
+            for found in (s for s in series if s.attempt in claim.dead):
+                fresh = [a for a in found.answers if a.item_id in claim.pending]
+                lines.append(answers_line(claim.batch, found.attempt, fresh))
+                record_answers(session, claim, fresh)
+                ADOPTED.inc(len(fresh))
+            spent = sum(line.microusd for line in lines)
+            lines.append(self._crash_line(row.reserved_microusd - spent))
+            if not settle(session, claim.pipeline_id, lines, release=row.reserved_microusd):
+                raise AssertionError("what is released pays for what is booked")
+            row.reserved_microusd = 0
+            claim.crashes += 1
+            plan(session, claim, given)
+            row.reserved_microusd = sum(asked.worst_microusd for asked in claim.asks)
+
+    def _crash_line(self, reserved: int) -> Line:
+        """The most that the attempt that died can have been billed for answers that it lost.
+
+        It held `concurrency` calls and the answers of one part at most. Only the first of several
+        dead attempts can have asked: each settles the ones before it, and then asks.
+        """
+        claim, dead = self._claim, self._claim.dead[0]
+        most = reserved
+        if self._given is not None:
+            unstored = self._given.resolved.teacher.limits.concurrency + UNSTORED_ANSWERS
+            worst = sorted(
+                (
+                    asked.worst_microusd
+                    for asked in self._given.asked
+                    if asked.item.item_id in claim.pending
+                ),
+                reverse=True,
+            )
+            most = min(reserved, sum(worst[:unstored]))
+        return Line(
+            charge_id=f"crash:{claim.batch}:{dead}",
+            kind="unknown",
+            microusd=most,
+            batch=claim.batch,
+            attempt=dead,
+            detail="a worker died: calls whose answers were lost, at their worst case",
+        )
+
+    def _line(self, charge_id: str, kind: Kind, microusd: int, detail: str) -> Line:
+        claim = self._claim
+        return Line(charge_id, kind, microusd, claim.batch, claim.attempt, 0, detail)
+
+    def _of(self, asked: Asked, call: int) -> str:
+        return f"{self._claim.batch}:{self._claim.attempt}:{call}:{asked.item.item_id}"
+
+
+def answers_line(batch: int, attempt: int, answers: Iterable[Answer]) -> Line:
+    """The invoice line of what one attempt stored; booked for each attempt, even for nothing."""
+    found = list(answers)
+    return Line(
+        charge_id=f"answers:{batch}:{attempt}",
+        kind="answers",
+        microusd=sum(answer.cost_microusd for answer in found),
+        batch=batch,
+        attempt=attempt,
+        answers=len(found),
+    )
+
+
+def record_answers(session: Session, claim: Claim, answers: Sequence[Answer]) -> None:
+    """Note which items are answered, and what that took."""
+    for answer in answers:
+        changed(
+            session,
+            update(Item)
+            .where(
+                Item.pipeline_id == claim.pipeline_id,
+                Item.item_id == answer.item_id,
+                Item.outcome == "pending",
+            )
+            .values(outcome="answered", cost_microusd=answer.cost_microusd),
+        )
+        claim.pending.pop(answer.item_id, None)
+    if answers:
+        changed(
+            session,
+            update(Pipeline)
+            .where(Pipeline.pipeline_id == claim.pipeline_id)
+            .values(
+                prompt_tokens=Pipeline.prompt_tokens + sum(a.prompt_tokens for a in answers),
+                completion_tokens=Pipeline.completion_tokens
+                + sum(a.completion_tokens for a in answers),
+            ),
+        )
+
+
+def reject(session: Session, claim: Claim, rejections: Sequence[Rejection]) -> None:
+    for rejection in rejections:
+        changed(
+            session,
+            update(Item)
+            .where(
+                Item.pipeline_id == claim.pipeline_id,
+                Item.item_id == rejection.item_id,
+                Item.outcome == "pending",
+            )
+            .values(
+                outcome="rejected",
+                stage=rejection.stage,
+                reason=rejection.reason,
+                detail=rejection.detail,
+                attempts=Item.attempts + 1,
+            ),
+        )

@@ -1,0 +1,1 @@
+"""The routes to a teacher, one a module; all give the same outcomes."""

@@ -1,0 +1,128 @@
+"""All of the gateway's times in one table for each profile, checked at start-up.
+
+    call < attempt < lease < job < visibility / 3 <= consumer
+
+A call is started only while it can end inside its attempt; an attempt ends inside its lease; the
+job ends before Celery kills it; and the broker takes a message back only after all of that. The
+deadline of a whole batch (`close_deadline_hours`) is a row's, not a process's, and so outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from stillhouse.chassis import jobs
+from stillhouse.chassis.errors import PermanentError
+
+
+@dataclass(frozen=True)
+class GatewayTimeouts:
+    """Seconds, but for the counts (`tries`, `attempts`, `probe_attempts`, `redrive_tries`)."""
+
+    # One call of a teacher at most; the spec's `limits.timeout_seconds` may be shorter.
+    call: float
+    # One attempt at a batch: no call is started that could not end inside.
+    attempt: float
+    # The longest that an attempt may hold its batch; renewals stop there.
+    lease: float
+    job: float
+    visibility: float
+    consumer: float
+    # The lease is renewed every `beat`; a dead worker's batch is free after `lease_ttl`.
+    lease_ttl: float
+    beat: float
+    # Calls for one item in one attempt, and attempts in which an item may fail.
+    tries: int
+    attempts: int
+    try_backoff: float
+    batch_backoff: float
+    batch_backoff_cap: float
+    # How long a batch waits for other reservations of its pipeline to be settled.
+    budget_wait: float
+    # A job that nobody took is put on the queue again.
+    enqueue_again: float
+    tick: float
+    clock_ttl: float
+    probe_attempts: int
+    probe_backoff: float
+    # A step that did not move for this long gets its input again; so often before it has failed.
+    redrive: float
+    redrive_tries: int
+    # How long train batches wait for the student with `start: after_student`.
+    student: float = 600
+
+    def check(self) -> None:
+        """Refuse a table whose times contradict each other."""
+        order = (self.call, self.attempt, self.lease, self.job, self.visibility / 3)
+        rising = all(a < b for a, b in pairwise(order))
+        if not rising or self.visibility / 3 > self.consumer:
+            raise PermanentError(
+                "expected call < attempt < lease < job < visibility / 3 <= consumer timeout, "
+                f"found {self}",
+                reason="settings",
+            )
+        if not self.beat * 2 < self.lease_ttl < self.lease:
+            raise PermanentError(
+                f"expected 2 x beat < lease_ttl < lease, found {self}", reason="settings"
+            )
+
+    @property
+    def for_jobs(self) -> jobs.Timeouts:
+        return jobs.Timeouts(job=self.job, visibility=self.visibility, consumer=self.consumer)
+
+
+EMBEDDED = GatewayTimeouts(
+    call=60,
+    attempt=100,
+    lease=110,
+    job=120,
+    visibility=400,
+    consumer=1800,
+    lease_ttl=12,
+    beat=3,
+    tries=3,
+    attempts=6,
+    try_backoff=0.5,
+    batch_backoff=2,
+    batch_backoff_cap=60,
+    budget_wait=1,
+    enqueue_again=20,
+    tick=0.5,
+    clock_ttl=5,
+    probe_attempts=6,
+    probe_backoff=1,
+    redrive=15,
+    redrive_tries=6,
+)
+DEPLOYED = GatewayTimeouts(
+    call=600,
+    attempt=1200,
+    lease=1260,
+    job=1320,
+    visibility=4500,
+    consumer=1800,
+    lease_ttl=60,
+    beat=10,
+    tries=4,
+    attempts=16,
+    try_backoff=1,
+    batch_backoff=10,
+    batch_backoff_cap=1800,
+    budget_wait=10,
+    enqueue_again=120,
+    tick=1,
+    clock_ttl=15,
+    probe_attempts=10,
+    probe_backoff=2,
+    redrive=300,
+    redrive_tries=6,
+)
+
+
+def table(profile: Literal["embedded", "deployed"]) -> GatewayTimeouts:
+    """Return the checked table of a profile."""
+    chosen = EMBEDDED if profile == "embedded" else DEPLOYED
+    chosen.check()
+    return chosen
