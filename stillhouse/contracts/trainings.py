@@ -17,6 +17,8 @@ class Published(Record):
     epoch: int
     manifest: ObjectRef
     final: bool = False
+    tokens: int = 0
+    gpu_seconds: float = Field(0.0, description="as its event says, so that it can be said again")
 
 
 class Head(Record):
@@ -43,6 +45,7 @@ class TrainingState(Record):
     published: list[Published] = Field(default_factory=list)
     gpu_seconds: float = 0.0
     tokens: int = 0
+    crashes: int = Field(0, description="holders that died or hung since HEAD moved last")
     done: bool = False
     failed: str = Field("", description="why the training cannot go on; empty while it can")
 

@@ -1,0 +1,85 @@
+"""Settings of the trainer: where things are, and what the machine has. How a student learns is no
+setting: it stands in the pipeline's spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from services.trainer.timeouts import TIMES, TrainerTimes
+from stillhouse.chassis.leases import LeaseTimes
+from stillhouse.chassis.model_folder import parse_roots
+from stillhouse.chassis.settings import ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """What one trainer process needs."""
+
+    PREFIX: ClassVar[str] = "TRAINER_"
+
+    device: Literal["cpu", "cuda", "auto"] = Field(
+        "auto", description="where the student is trained; `auto` takes a GPU that is there"
+    )
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of torch; fixed, for the bits")
+    file_roots: str = Field(
+        "", description="folders below which `file:` weights may lie, parted as in PATH"
+    )
+    micro_batch_tokens: int = Field(
+        2048,
+        ge=1,
+        description="tokens, padding included, that go through the student at once; it is stored "
+        "in the plan of a training before step 0",
+    )
+    segment_seconds: float | None = Field(
+        None, gt=0, description="training between two looks at queue and stop; none: the profile's"
+    )
+    wait_seconds: float | None = Field(
+        None, ge=0, description="patience for the next shard; none: the profile's"
+    )
+    lease_ttl_seconds: float | None = Field(
+        None, gt=0, description="time to live of a lease; none: the profile's"
+    )
+    lease_beat_seconds: float | None = Field(
+        None, gt=0, description="pause between heartbeats; none: the profile's"
+    )
+    lease_stop_before_seconds: float | None = Field(
+        None, gt=0, description="a holder stops this long before its lease ends"
+    )
+    lease_grace_seconds: float | None = Field(
+        None, ge=0, description="a lease is taken over this long after its end"
+    )
+    save_after_seconds: float = Field(
+        60, ge=0, description="least age of the last checkpoint before another one for resume"
+    )
+    save_share: float = Field(
+        20, ge=0, description="the same as a multiple of what the last save took"
+    )
+    progress_seconds: float = Field(5, ge=0, description="pause between `stage.progressed`")
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return parse_roots(self.file_roots)
+
+    @property
+    def times(self) -> TrainerTimes:
+        """The profile's times with what the operator set."""
+        table = TIMES[self.profile]
+        lease = LeaseTimes(
+            ttl=_or(self.lease_ttl_seconds, table.lease.ttl),
+            beat=_or(self.lease_beat_seconds, table.lease.beat),
+            stop_before=_or(self.lease_stop_before_seconds, table.lease.stop_before),
+            grace=_or(self.lease_grace_seconds, table.lease.grace),
+        )
+        return replace(
+            table,
+            segment=_or(self.segment_seconds, table.segment),
+            wait=_or(self.wait_seconds, table.wait),
+            lease=lease,
+        )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,248 @@
+"""The student: where its weights come from, how it loses layers, how it is opened again.
+
+Weights come from a folder that the spec names (checked by `chassis.model_folder`) or from a
+checkpoint. Only safetensors are read and no code of a model is run. A config's fields reach
+transformers through an allow-list: some fields name code or kernels to fetch.
+
+Pruning keeps the layers that change their input most. Block influence of a layer is one minus the
+mean cosine between what goes in and what comes out, over the tokens of some rendered train
+prompts (ShortGPT, arXiv 2403.03853).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.logs import logger
+from stillhouse.chassis.model_folder import ARCHITECTURES, check_model_folder, resolve_reference
+
+log = logger(__name__)
+
+WEIGHTS_UNREADABLE = "weights_unreadable"
+STUDENT_REFUSED = "student_refused"
+
+# All that the config classes of the known architectures read.
+CONFIG_FIELDS = frozenset(
+    {
+        "architectures",
+        "attention_bias",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "pretraining_tp",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+CALIBRATION_TOKENS = 1024
+
+
+def open_reference(reference: str, roots: Sequence[Path], scratch: Path) -> nn.Module:
+    """Open weights that a spec names. `scratch` takes a folder with the checked config beside
+    links to the tensors. Raises PermanentError where they are refused or do not load."""
+    folder = resolve_reference(reference, roots)
+    config = check_model_folder(folder)
+    ignored = sorted(config.keys() - CONFIG_FIELDS)
+    if ignored:
+        log.warning("fields of config.json are not used", folder=str(folder), fields=ignored)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        write_json(scratch / "config.json", {k: config[k] for k in config.keys() & CONFIG_FIELDS})
+        for path in folder.glob("*.safetensors"):
+            (scratch / path.name).symlink_to(path.resolve())
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            _check_index(index)
+            shutil.copyfile(index, scratch / index.name)
+        return open_folder(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_index(path: Path) -> None:
+    """An index may name files of its own folder only."""
+    try:
+        named = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PermanentError(f"{path} is no index: {error}", reason=WEIGHTS_UNREADABLE) from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise PermanentError(
+                f"{path} names {name!r}: expected files beside it", reason=WEIGHTS_UNREADABLE
+            )
+
+
+def open_folder(folder: Path) -> nn.Module:
+    """Load a causal language model in float32, ready to be trained, on the CPU.
+
+    Raises PermanentError where config and tensors do not fit each other exactly: a tensor that is
+    missing would be random.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # what a damaged file raises is not documented
+        raise PermanentError(
+            f"{folder} does not load as a model: {error}", reason=WEIGHTS_UNREADABLE
+        ) from error
+    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
+    if wrong:
+        raise PermanentError(
+            f"{folder}: weights and config.json do not fit each other: {str(wrong)[:500]}",
+            reason=WEIGHTS_UNREADABLE,
+        )
+    if type(model).__name__ not in ARCHITECTURES or output_layer(model).bias is not None:
+        raise PermanentError(
+            f"expected a model of {', '.join(ARCHITECTURES)} whose output layer has no bias, found "
+            f"{type(model).__name__}",
+            reason=STUDENT_REFUSED,
+        )
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        # What was mapped from a file becomes memory of our own, which training overwrites.
+        parameter.data = parameter.data.clone()
+    # Dropout is off: its randomness would have to be stored to resume.
+    return model.eval().requires_grad_(True)
+
+
+def output_layer(model: nn.Module) -> Any:
+    return model.get_output_embeddings()
+
+
+def vocabulary(model: nn.Module) -> int:
+    return int(output_layer(model).weight.shape[0])
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    return model.model.layers
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def block_influence(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """Influence of each layer over the tokens of the prompts; each prompt goes through alone."""
+    layers = decoder_layers(model)
+    sums, tokens = [0.0] * len(layers), 0
+    entered: dict[int, Tensor] = {}
+
+    def before(index: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            entered[index] = arguments[0] if arguments else named["hidden_states"]
+
+        return hook
+
+    def after(index: int) -> Any:
+        def hook(_: nn.Module, __: Any, result: Any) -> None:
+            left = result[0] if isinstance(result, tuple) else result
+            cosine = torch.cosine_similarity(entered.pop(index).double(), left.double(), dim=-1)
+            sums[index] += float((1 - cosine).sum())
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(before(index), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after(index)))
+    try:
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=output_layer(model).weight.device)
+            model.model(input_ids=ids, use_cache=False)
+            tokens += len(prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if tokens == 0:
+        raise PermanentError(
+            "no train prompt to calibrate pruning on", reason="no_calibration_prompts"
+        )
+    return [total / tokens for total in sums]
+
+
+def layers_to_keep(influence: Sequence[float], count: int) -> list[int]:
+    """The `count` most influential layers, in their order; of equals the earlier."""
+    if not 1 <= count <= len(influence):
+        raise PermanentError(
+            f"`student.layers`: expected 1 to {len(influence)}, the layers that `of` has, found "
+            f"{count}",
+            reason=STUDENT_REFUSED,
+        )
+    ranked = sorted(range(len(influence)), key=lambda index: (-influence[index], index))
+    return sorted(ranked[:count])
+
+
+def prune(model: nn.Module, keep: Sequence[int]) -> None:
+    """Leave only these layers, renumbered, with a config that says so."""
+    kept = nn.ModuleList([decoder_layers(model)[index] for index in keep])
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    model.model.layers = kept
+    config: Any = model.config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in keep]
+    if getattr(config, "max_window_layers", None):
+        config.max_window_layers = min(config.max_window_layers, len(keep))
+    config.num_hidden_layers = len(keep)
+    model.tie_weights()
+
+
+def write_model(model: nn.Module, folder: Path) -> list[str]:
+    """Write config.json and model.safetensors as `from_pretrained` reads them; return the names.
+
+    A head that is the embedding is stored once.
+    """
+    config: Any = model.config
+    fields = {k: v for k, v in config.to_dict().items() if k in CONFIG_FIELDS and v is not None}
+    fields |= {"architectures": [type(model).__name__], "dtype": "float32", "use_cache": True}
+    write_json(folder / "config.json", fields)
+    # named_parameters yields a tied parameter once, under the embedding's name.
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return ["config.json", "model.safetensors"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
