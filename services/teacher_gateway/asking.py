@@ -131,6 +131,8 @@ class Attempt:
 
     async def run(self, items: list[Asked]) -> Result:
         """Ask for the items; see the class."""
+        if not await self._renew():
+            return self._result
         waiting = deque(items)
         beat = asyncio.create_task(self._beat(), name="beat")
         writer = asyncio.create_task(self._write(), name="writer")
@@ -292,20 +294,22 @@ class Attempt:
 
     async def _beat(self) -> None:
         """Renew the lease. Without a renewal nothing is asked near the end of its life."""
-        margin = self._times.beat
         while True:
             await asyncio.sleep(self._times.beat)
-            sent = time.monotonic()
             try:
-                going = await asyncio.to_thread(self._books.renew)
-                self._renewed = sent
+                await self._renew()
             except Fenced:
                 raise
             except RetryableError as error:
                 log.warning("the lease was not renewed", why=str(error))
-                if time.monotonic() > self._renewed + self._times.lease_ttl - margin:
+                if time.monotonic() > self._renewed + self._times.lease_ttl - self._times.beat:
                     raise
-                continue
-            if not going:
-                self._result.stopping = True
-                self._halted.set()
+
+    async def _renew(self) -> bool:
+        sent = time.monotonic()
+        going = await asyncio.to_thread(self._books.renew)
+        self._renewed = sent
+        if not going:
+            self._result.stopping = True
+            self._halted.set()
+        return going

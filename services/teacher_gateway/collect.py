@@ -67,7 +67,6 @@ log = logger(__name__)
 
 def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
     """Do one attempt at a batch; see the module. Returns without effect when there is none."""
-    started = time.monotonic()
     with reading(context.engine) as session:
         row = session.get(Batch, (pipeline_id, batch))
         pipeline = session.get(Pipeline, pipeline_id)
@@ -89,6 +88,7 @@ def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
         if not pipeline.stopping:
             raise
         given = None  # what was reserved must be settled all the same
+    started = time.monotonic()
     claim = claim_batch(context, pipeline_id, batch, given)
     if claim is None:
         return

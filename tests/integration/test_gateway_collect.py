@@ -1,0 +1,345 @@
+"""A paid batch over a real store, a real database and a teacher that bills."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from services.teacher_gateway.models import History
+from stillhouse.chassis.storage import ObjectStore
+from stillhouse.contracts.responses import ResponsesClosed
+from stillhouse.embedded.parts import Store
+from tests.support.gateway import FAST, Where, World, collect_in_process, make_world
+from tests.support.teacher import Fault, Teacher, running_teacher
+from tests.support.waiting import wait_for
+
+SETTLED = ("answers", "probe")
+LISTED = ("unused", "unknown")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Iterator[Teacher]:
+    with running_teacher(tmp_path / "invoices.jsonl") as running:
+        yield running
+
+
+def billed(teacher: Teacher, world: World, batch: int = 0) -> int:
+    """The invoice for the answers that are stored: one line for each."""
+    stored = {answer.item_id for answer in world.answers(batch)}
+    assert len(stored) == len(world.answers(batch))
+    return sum(answer.cost_microusd for answer in world.answers(batch))
+
+
+def test_a_batch_is_asked_once_stored_and_closed(
+    store: ObjectStore, database_url: str, tenant: str, teacher: Teacher
+) -> None:
+    world = make_world(store, database_url, tenant, teacher.url, items=20)
+    world.collect()
+    assert world.batch().state == "closed"
+    assert world.outcomes() == {"answered": 20}
+    assert len(teacher.requests) == 20
+    assert len({r["marker"] for r in teacher.requests}) == 20
+    assert {answer.item_id for answer in world.answers()} == {i.item_id for i in world.items()}
+    assert [part.key.rsplit("/", 1)[1] for part in world.manifest().parts] == [
+        "part-0001.jsonl.gz",
+        "part-0002.jsonl.gz",
+    ]
+    assert world.charged("answers") == teacher.invoiced_microusd()
+    assert world.charged(*LISTED) == 0
+    assert world.pipeline().reserved_microusd == 0
+    world.check_books()
+    # A redelivery finds its output.
+    world.collect()
+    assert len(teacher.requests) == 20
+    assert world.events().count("response_batch.stored") == 1
+    sums = world.pipeline()
+    assert sums.prompt_tokens == sum(i.prompt_tokens for i in teacher.invoices())
+    assert sums.completion_tokens == sum(i.completion_tokens for i in teacher.invoices())
+
+
+def test_the_last_batch_completes_the_responses(
+    store: ObjectStore, database_url: str, tenant: str, teacher: Teacher
+) -> None:
+    world = make_world(store, database_url, tenant, teacher.url, batches=3, items=2)
+    for batch in range(3):
+        assert "responses.completed" not in world.events()
+        world.collect(batch)
+    assert world.events()[-1] == "responses.completed"
+    assert world.pipeline().collect == "done"
+    found = store.find_model(
+        f"tenants/{tenant}/pipelines/{world.pipeline_id}/responses.json", ResponsesClosed
+    )
+    assert found is not None
+    assert (found[0].batches, found[0].answers, found[0].rejected) == (3, 6, 0)
+    rows = world.rows(select(History).order_by(History.sequence))
+    assert [row.sequence for row in rows] == list(range(1, len(rows) + 1))
+
+
+def test_a_live_lease_is_left_alone(
+    store: ObjectStore, database_url: str, tenant: str, teacher: Teacher
+) -> None:
+    teacher.latency = 0.4
+    world = make_world(store, database_url, tenant, teacher.url, items=8, concurrency=2)
+    first = threading.Thread(target=world.collect)
+    first.start()
+    wait_for(lambda: teacher.requests, 5, "the first call")
+    asked = len(teacher.requests)
+    world.collect()  # returns at once
+    assert len(teacher.requests) - asked <= 2
+    first.join(20)
+    assert world.outcomes() == {"answered": 8}
+    assert len(teacher.requests) == 8
+    assert world.batch().attempt == 1
+
+
+@pytest.mark.parametrize(
+    "crash_at",
+    [
+        "batch_claimed",
+        "series_closed",
+        "answer_received:3",
+        "part_ready",
+        "part_stored",
+        "part_stored:2",
+        "answers_stored",
+        "manifest_written",
+        "batch_closed",
+        "responses_written",
+    ],
+)
+def test_a_killed_attempt_is_adopted_and_nothing_is_paid_in_the_dark(
+    crash_at: str,
+    store: ObjectStore,
+    store_part: Store,
+    tmp_path: Path,
+    tenant: str,
+    teacher: Teacher,
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=36, concurrency=4)
+    assert collect_in_process(Where(url, store_part), world, crash_at=crash_at) == 137
+    world.check_books()
+    attempts = world.collect_until_closed()
+    world.collect()  # what is left after closing: the last event
+    assert attempts <= 1
+    assert world.outcomes() == {"answered": 36}
+    answers = world.answers()
+    assert sorted(a.item_id for a in answers) == sorted(i.item_id for i in world.items())
+    # At most the calls in flight and one part were asked twice.
+    assert len(teacher.requests) <= 36 + 4 + 16
+    assert world.charged(*SETTLED) == billed(teacher, world)
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+    assert world.pipeline().reserved_microusd == 0
+    assert world.events().count("response_batch.stored") == 1
+    assert world.events().count("responses.completed") == 1
+    world.check_books()
+
+
+def test_stored_parts_are_not_asked_again(
+    store: ObjectStore, store_part: Store, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=40, concurrency=1)
+    assert collect_in_process(Where(url, store_part), world, crash_at="part_stored:2") == 137
+    first = [r["marker"] for r in teacher.requests]
+    world.collect_until_closed()
+    again = [r["marker"] for r in teacher.requests[len(first) :]]
+    assert len(again) == 40 - 32
+    assert not set(first[:32]) & set(again)
+
+
+def test_a_late_writer_is_fenced_and_its_answers_are_listed(
+    store: ObjectStore, database_url: str, tenant: str, teacher: Teacher
+) -> None:
+    teacher.latency = 0.3
+    world = make_world(store, database_url, tenant, teacher.url, items=12, concurrency=12)
+    late = threading.Thread(target=world.collect)
+    late.start()
+    wait_for(lambda: len(teacher.requests) == 12, 5, "all calls of the first attempt")
+    world.expire()  # as if its worker had been paused beyond its lease
+    world.collect()
+    late.join(20)
+    assert not late.is_alive()
+    assert world.batch().state == "closed"
+    assert world.batch().attempt == 2
+    assert world.outcomes() == {"answered": 12}
+    assert world.manifest().attempt == 2
+    assert all("attempt-0002" in part.key for part in world.manifest().parts)
+    assert world.charged(*SETTLED) == billed(teacher, world)
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+    assert world.events().count("response_batch.stored") == 1
+    world.check_books()
+
+
+ALWAYS = [
+    (Fault("rate_limited"), "teacher_rate_limited", False),
+    (Fault("rate_limited", retry_after=0.01), "teacher_rate_limited", False),
+    (Fault("status", status=500), "teacher_error", False),
+    (Fault("status", status=503), "teacher_error", False),
+    (Fault("status", status=400), "refused_by_teacher", False),
+    (Fault("redirect"), "teacher_invalid", False),
+    (Fault("invalid_json"), "teacher_invalid", True),
+    (Fault("truncated_json"), "teacher_invalid", True),
+    (Fault("cut_reply"), "teacher_error", True),
+    (Fault("wrong_schema"), "teacher_invalid", True),
+    (Fault("empty_choices"), "teacher_invalid", True),
+    (Fault("closed"), "teacher_error", True),
+    (Fault("huge_body", size=8 << 20), "teacher_invalid", True),
+    (Fault("gzip_bomb", size=1 << 20), "teacher_invalid", True),
+    (Fault("null_content"), "teacher_invalid", True),
+    (Fault("content_filter"), "refused_by_teacher", True),
+    (Fault("missing_logprobs"), "missing_logprobs", True),
+    (Fault("missing_usage"), "teacher_invalid", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "costs"), ALWAYS, ids=lambda value: getattr(value, "kind", None)
+)
+def test_every_misbehaviour_ends_as_a_counted_rejection(
+    fault: Fault,
+    reason: str,
+    costs: bool,
+    store: ObjectStore,
+    tmp_path: Path,
+    tenant: str,
+    teacher: Teacher,
+) -> None:
+    teacher.script(Fault(**{**vars(fault), "match": "[0/1]"}))
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=4)
+    world.collect_until_closed()
+    assert world.outcomes() == {"answered": 3, reason: 1}
+    (rejection,) = world.manifest().rejections
+    assert (rejection.stage, rejection.reason) == ("collect", reason)
+    assert rejection.detail
+    assert world.charged(*SETTLED) == billed(teacher, world)
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+    assert (world.charged(*LISTED) > 0) is costs
+    assert world.pipeline().reserved_microusd == 0
+    world.check_books()
+
+
+def test_a_silent_teacher_ends_as_timeouts(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    teacher.script(Fault("never_answers", match="[0/1]"))
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3, timeout_seconds=0.4)
+    world.collect_until_closed()
+    assert world.outcomes() == {"answered": 2, "teacher_timeout": 1}
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+    world.check_books()
+
+
+def test_a_teacher_that_recovers_costs_no_item(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    teacher.script(
+        Fault("rate_limited", attempts=(1,), retry_after=0.01),
+        Fault("status", match="[0/2]", attempts=(2, 3)),
+        Fault("truncated_json", match="[0/3]", attempts=(2,)),
+    )
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=5)
+    world.collect_until_closed()
+    assert world.outcomes() == {"answered": 5}
+    assert world.charged(*SETTLED) == billed(teacher, world)
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+
+
+def test_a_long_retry_after_becomes_a_row_and_not_a_sleep(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    teacher.script(Fault("rate_limited", retry_after=500))
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3)
+    world.collect()
+    row, clock = world.batch(), world.pipeline().created_at
+    assert row.state == "waiting"
+    assert 490 < row.next_attempt_at - clock < 520
+    assert row.reserved_microusd == 0
+    assert len(teacher.requests) == 3
+    world.collect()  # its time has not come
+    assert len(teacher.requests) == 3
+
+
+def test_an_unreachable_teacher_ends_as_rejections(
+    store: ObjectStore, tmp_path: Path, tenant: str
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, "http://127.0.0.1:9/v1", items=3)
+    world.collect_until_closed()
+    assert world.outcomes() == {"teacher_unreachable": 3}
+    assert world.manifest().parts == []
+    assert world.pipeline().spent_microusd == 0
+
+
+def test_the_deadline_closes_what_is_left(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3)
+    from services.teacher_gateway.models import Batch
+
+    world.set(Batch, close_by=1.0, next_attempt_at=9e12)
+    world.collect()
+    assert world.outcomes() == {"closed_by_deadline": 3}
+    assert teacher.requests == []
+
+
+def test_a_budget_is_used_up_and_never_exceeded(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    # The worst case of an answer is about 180 micro-USD: a few of twelve fit.
+    world = make_world(store, url, tenant, teacher.url, items=12, budget_usd=0.0008)
+    worst = max(asked.worst_microusd for asked in world.asked[0])
+    world.collect_until_closed()
+    outcomes = world.outcomes()
+    assert set(outcomes) == {"answered", "budget_exhausted"}
+    assert world.charged("answers") == teacher.invoiced_microusd() <= 800
+    # It asked as long as one more worst case fitted.
+    assert 800 - world.pipeline().spent_microusd < worst
+    world.check_books()
+
+
+def test_a_batch_waits_for_open_reservations_before_its_items_are_rejected(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    from services.teacher_gateway.models import Batch, Pipeline
+
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, batches=2, items=4, budget_usd=0.001)
+    world.set(Pipeline, reserved_microusd=900)
+    world.set(Batch, batch=1, reserved_microusd=900, lease_until=9e12, state="due")
+    world.collect()
+    assert world.batch().state == "waiting"
+    assert world.batch().attempt == 0
+    assert teacher.requests == []
+    world.set(Pipeline, reserved_microusd=0)
+    world.set(Batch, batch=1, reserved_microusd=0)
+    world.expire()
+    world.collect()
+    assert world.outcomes() == {"answered": 4}
+
+
+def test_slow_answers_leave_the_rest_to_the_next_attempt(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    import dataclasses
+
+    teacher.latency = 0.3
+    times = dataclasses.replace(FAST, call=0.8, attempt=1.2)
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=6, concurrency=1, times=times)
+    attempts = world.collect_until_closed()
+    assert attempts > 1
+    assert world.outcomes() == {"answered": 6}
+    assert len(teacher.requests) == 6
+    assert world.charged(*SETTLED) == teacher.invoiced_microusd()
+    assert world.charged(*LISTED) == 0
