@@ -143,7 +143,11 @@ class Demo:
             pipeline_id = client.submit(spec, idempotency_key=new_key())["pipeline_id"]
             self.say(f"submitted as {pipeline_id}")
             pipeline = watch.pipeline(
-                client, self.screen, pipeline_id, timeout_seconds=DEADLINE_SECONDS
+                client,
+                self.screen,
+                pipeline_id,
+                timeout_seconds=DEADLINE_SECONDS,
+                began=self.began,
             )
             if pipeline["state"] != "released":
                 raise DemoFailedError(

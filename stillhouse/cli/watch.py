@@ -19,13 +19,17 @@ def pipeline(
     pipeline_id: str,
     *,
     timeout_seconds: float | None = None,
-    poll_seconds: float = POLL_SECONDS,
+    began: float | None = None,
 ) -> Json:
-    """Show a pipeline until it has ended, and return it. Raises TimeoutError."""
+    """Show a pipeline until it has ended, and return it. Raises TimeoutError.
+
+    Lines carry the seconds since `began` (of the monotonic clock; now by default).
+    """
+    look = _lines(screen, time.monotonic() if began is None else began)
 
     def wait(seen: Callable[[Json], None]) -> Json:
         return client.wait(
-            pipeline_id, timeout_seconds=timeout_seconds, poll_seconds=poll_seconds, seen=seen
+            pipeline_id, timeout_seconds=timeout_seconds, poll_seconds=POLL_SECONDS, seen=seen
         )
 
     if screen.live:
@@ -35,13 +39,12 @@ def pipeline(
                 show(*views.summary_lines(found), views.stages_table(found))
 
             return wait(picture)
-    return wait(_lines(screen))
+    return wait(look)
 
 
-def _lines(screen: Screen) -> Callable[[Json], None]:
+def _lines(screen: Screen, began: float) -> Callable[[Json], None]:
     """Return what writes one line for each stage that moved since the last look."""
     before: dict[str, str] = {}
-    began = time.monotonic()
 
     def look(found: Json) -> None:
         for stage in STAGES:
@@ -53,9 +56,7 @@ def _lines(screen: Screen) -> Callable[[Json], None]:
     return look
 
 
-def events(
-    client: Client, pipeline_id: str, *, after: int = 0, poll_seconds: float = POLL_SECONDS
-) -> Iterator[Json]:
+def events(client: Client, pipeline_id: str, *, after: int = 0) -> Iterator[Json]:
     """Yield stored events as they come, until the pipeline has ended."""
     while True:
         # Looked at before the events: what comes between the two is then still yielded.
@@ -65,7 +66,7 @@ def events(
             yield event
         if ended:
             return
-        time.sleep(poll_seconds)
+        time.sleep(POLL_SECONDS)
 
 
 def fetching(screen: Screen) -> Callable[[str, int, int], None]:
