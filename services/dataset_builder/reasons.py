@@ -64,6 +64,7 @@ REJECTIONS: frozenset[str] = frozenset(
 NO_LOGPROBS = "no_logprobs"
 LOGPROBS_MALFORMED = "logprobs_malformed"
 LOGPROBS_NOT_RAW = "logprobs_not_raw"
+SAMPLED_TOKENS_MISSING = "sampled_tokens_missing"
 SAMPLED_TOKEN_UNMAPPED = "sampled_token_unmapped"  # noqa: S105
 TOKENIZER_WITHOUT_BYTES = "tokenizer_without_bytes"
 
@@ -72,6 +73,7 @@ TEXT_ROWS: frozenset[str] = frozenset(
         NO_LOGPROBS,
         LOGPROBS_MALFORMED,
         LOGPROBS_NOT_RAW,
+        SAMPLED_TOKENS_MISSING,
         SAMPLED_TOKEN_UNMAPPED,
         TOKENIZER_WITHOUT_BYTES,
     }

@@ -62,6 +62,7 @@ class Draft:
     refusal: bool = False
     reasoning: bool = False
     usage_prompt_tokens: int | None = None
+    usage_completion_tokens: int | None = None
     logprobs: bytes = b"null"
     answer_sha256: str = ""
     prompt_ids: tuple[int, ...] = ()

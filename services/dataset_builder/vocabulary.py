@@ -38,23 +38,32 @@ class Vocabulary:
         return {token.content: i for i, token in sorted(added.items()) if token.special}
 
     @cached_property
-    def by_bytes(self) -> dict[bytes, int] | None:
-        """Ids of the text tokens by their bytes; None where bytes do not decide."""
+    def pieces(self) -> dict[int, bytes] | None:
+        """Bytes of the text tokens by their ids, in the order of ids; None where the vocabulary
+        is not byte-level."""
         if not _is_byte_level(json.loads(self._chat.tokenizer_json)):
             return None
         back = {character: byte for byte, character in enumerate(_byte_characters())}
         added = self._chat.tokenizer.get_added_tokens_decoder()
-        found: dict[bytes, int] = {}
+        found: dict[int, bytes] = {}
         vocabulary = self._chat.tokenizer.get_vocab(with_added_tokens=True)
         for token, i in sorted(vocabulary.items(), key=lambda pair: pair[1]):
             if i in self.control:
                 continue
             if i in added:
-                data = token.encode()
+                found[i] = token.encode()
             elif all(character in back for character in token):
-                data = bytes(back[character] for character in token)
-            else:
-                continue  # not a token of this scheme: no answer can hold it
+                found[i] = bytes(back[character] for character in token)
+            # Anything else is not of this scheme, and no answer can hold it.
+        return found
+
+    @cached_property
+    def by_bytes(self) -> dict[bytes, int] | None:
+        """Ids of the text tokens by their bytes; None where bytes do not decide."""
+        if self.pieces is None:
+            return None
+        found: dict[bytes, int] = {}
+        for i, data in self.pieces.items():
             found.setdefault(data, i)
         return found
 

@@ -2,8 +2,10 @@
 
 Ids that the teacher gave are used as they are and must decode to the text. Without them the
 bytes of each token are looked up in the vocabulary: an alternative that is not found goes to the
-tail, a sampled token that is not found leaves the row as text. A row that keeps no signal says
-why in `signal_reason`; nothing is trained on ids that do not decode to the answer.
+tail, a sampled token that is not found leaves the row as text. So do tokens that the server does
+not list: llama.cpp lists a character of several tokens once, with the id of the last. A row that
+keeps no signal says why in `signal_reason`; nothing is trained on ids that do not decode to the
+answer.
 """
 
 from __future__ import annotations
@@ -60,10 +62,11 @@ def align(draft: Draft, recipe: Recipe) -> Draft:
     try:
         positions = _parse(draft.logprobs)
         sampled = _sampled_ids(positions, draft, recipe.vocabulary)
+        answer = _without_end(sampled, draft, recipe)
+        text = _check_text(answer, positions, draft, recipe)
     except TextOnly as gone:
         return _as_text(draft, recipe, gone.reason)
-    answer = _without_end(sampled, draft, recipe)
-    text = _check_text(answer, draft, recipe)
+    draft = replace(draft, logprobs=b"null")  # parsed: not held beside the row
     ids = [*answer, recipe.chat.eos_id] if draft.finish_reason == "stop" else answer
     aligned = replace(draft, text=text, answer_ids=tuple(ids))
     try:
@@ -126,6 +129,11 @@ def _sampled_ids(positions: list[Position], draft: Draft, vocabulary: Vocabulary
         found[-1] = vocabulary.eos_id
     if None in found:
         raise TextOnly(reasons.SAMPLED_TOKEN_UNMAPPED)
+    # Bytes of two tokens may be those of a third, so the text alone proves nothing here.
+    unlisted = (draft.usage_completion_tokens or 0) - len(found)
+    end_is_apart = draft.finish_reason == "stop" and found[-1] not in vocabulary.control
+    if unlisted > int(end_is_apart):
+        raise TextOnly(reasons.SAMPLED_TOKENS_MISSING)
     return [i for i in found if i is not None]
 
 
@@ -162,18 +170,33 @@ def _without_end(sampled: list[int], draft: Draft, recipe: Recipe) -> list[int]:
     return answer
 
 
-def _check_text(answer: list[int], draft: Draft, recipe: Recipe) -> str:
+def _check_text(answer: list[int], positions: list[Position], draft: Draft, recipe: Recipe) -> str:
     """The text of the ids, which must be the answer's: outer blanks aside, since some servers
     strip them, and half a character at a cut."""
     inside = all(0 <= i < recipe.vocabulary.size for i in answer)
     text = recipe.chat.decode(answer).rstrip(REPLACEMENT) if inside else None
-    if text is None or text.strip() != draft.text.strip():
-        raise Reject(
-            reasons.IDS_DIFFER_FROM_TEXT,
-            f"the {len(answer)} sampled tokens do not decode to the answer's "
-            f"{len(draft.text)} characters: the teacher's tokenizer is another one",
-        )
-    return text
+    if text is not None and text.strip() == draft.text.strip():
+        return text
+    if inside and _lists_last_tokens_only(answer, positions, draft, recipe.vocabulary):
+        raise TextOnly(reasons.SAMPLED_TOKENS_MISSING)
+    raise Reject(
+        reasons.IDS_DIFFER_FROM_TEXT,
+        f"the {len(answer)} sampled tokens do not decode to the answer's "
+        f"{len(draft.text)} characters: the teacher's tokenizer is another one",
+    )
+
+
+def _lists_last_tokens_only(
+    answer: list[int], positions: list[Position], draft: Draft, vocabulary: Vocabulary
+) -> bool:
+    """Whether the bytes that the server lists are the answer, each entry ending as its token does:
+    then the ids are right, and those of the characters' first bytes are missing."""
+    listed = [_text_of(position) for position in positions[: len(answer)]]
+    text = b"".join(listed).decode(errors="replace").rstrip(REPLACEMENT)
+    if vocabulary.pieces is None or text.strip() != draft.text.strip():
+        return False
+    pieces = vocabulary.pieces
+    return all(data.endswith(pieces[i]) for i, data in zip(answer, listed, strict=True))
 
 
 def _outcomes(position: Position, sampled: int, recipe: Recipe) -> dict[int, float]:

@@ -25,6 +25,7 @@ class Choice(msgspec.Struct):
 
 class Usage(msgspec.Struct):
     prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class Completion(msgspec.Struct):
@@ -46,14 +47,16 @@ def parse(draft: Draft, recipe: Recipe) -> Draft:
     if not completion.choices:
         raise Reject(reasons.NO_CHOICES, "expected one choice, found none")
     choice = completion.choices[0]
-    message = choice.message
+    message, usage = choice.message, completion.usage or Usage()
     return replace(
         draft,
+        body="",  # a megabyte with its log-probabilities: not held beside the row
         text=message.content or "",
         finish_reason=choice.finish_reason or "",
         refusal=bool(message.refusal),
         reasoning=bool(message.reasoning_content),
-        usage_prompt_tokens=completion.usage.prompt_tokens if completion.usage else None,
+        usage_prompt_tokens=usage.prompt_tokens,
+        usage_completion_tokens=usage.completion_tokens,
         logprobs=bytes(choice.logprobs),
     )
 

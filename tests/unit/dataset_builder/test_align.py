@@ -21,7 +21,8 @@ from tests.support.smollm2 import smollm2_chat_tokenizer
 from tests.support.steps import K, honest, make_recipe, outcome, question, reason_of, row_of, spoken
 from tests.support.tiny_tokenizer import CHATML, END, END_ID, START_ID, tiny_chat_tokenizer
 
-REAL = json.loads((Path(__file__).parent / "data" / "real_answers.json").read_text())
+DATA = Path(__file__).parent / "data"
+REAL = json.loads((DATA / "real_answers.json").read_text())
 
 
 def signal_of(row: Draft) -> TopK:
@@ -174,6 +175,43 @@ def test_a_cut_inside_a_character_keeps_the_ids_of_its_bytes() -> None:
     row = row_of(outcome(honest(cut, max_tokens=5)))
     assert row.answer_ids[-1] == 0xC3
     assert "\ufffd" not in row.text
+
+
+def merged(body: dict[str, Any]) -> None:
+    """As llama.cpp lists a character of several tokens: once, with the last token's id."""
+    whole = {"id": 0xA9, "token": "\u00e9", "bytes": [0xC3, 0xA9], "logprob": -2.0}
+    body["choices"][0]["logprobs"]["content"].insert(1, whole | {"top_logprobs": [whole]})
+    text = body["choices"][0]["message"]["content"]
+    body["choices"][0]["message"]["content"] = f"{text[0]}\u00e9{text[1:]}"
+    body["usage"]["completion_tokens"] += 2
+
+
+@pytest.mark.parametrize("change", [merged, lambda body: (merged(body), without_ids(body))])
+def test_tokens_that_the_server_does_not_list_leave_text(change: Any) -> None:
+    true, row = row_of(outcome(honest())), row_of(outcome(honest(change)))
+    assert row.signal == "text"
+    assert row.signal_reason in (
+        reasons.SAMPLED_TOKENS_MISSING,
+        reasons.SAMPLED_TOKEN_UNMAPPED,
+    )
+    assert list(row.answer_ids) == [true.answer_ids[0], 0xC3, 0xA9, *true.answer_ids[1:]]
+
+
+def test_without_ids_the_count_tells_of_tokens_that_are_not_listed() -> None:
+    def change(body: dict[str, Any]) -> None:
+        without_ids(body)
+        body["usage"]["completion_tokens"] += 1
+
+    row = row_of(outcome(honest(change)))
+    assert (row.signal, row.signal_reason) == ("text", reasons.SAMPLED_TOKENS_MISSING)
+
+
+def test_ids_of_another_vocabulary_are_no_missing_tokens() -> None:
+    def change(body: dict[str, Any]) -> None:
+        for position in entries(body)[:-1]:
+            position["id"] = (position["id"] + 1) % 256
+
+    assert reason_of(outcome(honest(change))) == reasons.IDS_DIFFER_FROM_TEXT
 
 
 # Signals that cannot be used leave text, with the reason
@@ -338,3 +376,14 @@ def test_a_real_answer_becomes_a_row_of_the_teachers_own_tokens(given: Any, ids:
     for t, entry in enumerate(given["body"]["choices"][0]["logprobs"]["content"]):
         at = list(signal.ids[t]).index(entry["id"])
         assert signal.logp[t, at] == pytest.approx(entry["logprob"], abs=0.05)
+
+
+def test_a_real_answer_with_an_emoji_is_text_since_its_first_tokens_are_not_listed() -> None:
+    given = json.loads((DATA / "real_merged.json").read_text())
+    chat, choice = smollm2_chat_tokenizer(), given["body"]["choices"][0]
+    recipe = make_recipe(chat=chat, k=20)
+    row = row_of(outcome(json.dumps(given["body"]), recipe, question(given["prompt"])))
+    assert (row.signal, row.signal_reason) == ("text", reasons.SAMPLED_TOKENS_MISSING)
+    assert row.text == choice["message"]["content"]
+    assert len(row.answer_ids) == given["body"]["usage"]["completion_tokens"]
+    assert row.answer_ids[-1] == chat.eos_id
