@@ -21,6 +21,8 @@ from stillhouse.contracts.flow import SERVICES, Service, consumed_by, published_
 EXCHANGE = Exchange("stillhouse.events", type="topic", durable=True)
 DELIVERY_LIMIT = 5
 PUBLISH_TIMEOUT = 10.0
+# Seconds of silence after which an answer that RabbitMQ owes is given up: py-amqp waits for ever.
+SILENCE_TIMEOUT = 20.0
 
 _JSON = {"content_type": "application/json", "content_encoding": "utf-8"}
 
@@ -69,7 +71,11 @@ def transport_options(
     """Options of kombu's transports: confirms on RabbitMQ; on Valkey a swift return of what a
     dead worker held, booked apart for each service (the visibility timeout is per database)."""
     if not is_redis(broker_url):
-        return {"confirm_publish": True}
+        return {
+            "confirm_publish": True,
+            "read_timeout": SILENCE_TIMEOUT,
+            "write_timeout": SILENCE_TIMEOUT,
+        }
     return {
         "visibility_timeout": visibility_timeout,
         "unacked_restore_interval": 2,
