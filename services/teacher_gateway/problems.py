@@ -20,7 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from services.teacher_gateway.database import DatabaseUnavailable
-from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
+from stillhouse.chassis.errors import (
+    PermanentError,
+    RetryableError,
+    StillhouseError,
+    StoreUnavailable,
+)
 from stillhouse.chassis.logs import logger
 
 log = logger(__name__)
@@ -124,7 +129,10 @@ def from_exception(error: Exception) -> ProblemError:
     if isinstance(error, ClientDisconnect):
         return ProblemError(400, "broken-off", "the request broke off: send it again")
     number = secrets.token_hex(6)
-    log.error("request failed", number=number, exc_info=error)
+    if isinstance(error, StillhouseError):
+        log.error("request failed", number=number, why=str(error))
+    else:
+        log.error("request failed", number=number, exc_info=error)
     return ProblemError(
         500,
         "internal",
