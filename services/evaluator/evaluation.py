@@ -34,6 +34,7 @@ from services.evaluator.settings import EvaluatorSettings
 from services.evaluator.statistics import RowSums
 from services.evaluator.student_folder import StudentInputs, write_student
 from services.evaluator.suite import Part, Row, Suite, first_of_each_prompt
+from services.evaluator.written import WriteOnce
 from stillhouse.chassis.errors import MissingObject
 from stillhouse.chassis.storage import AlreadyExists, ObjectStore
 from stillhouse.contracts import artifacts
@@ -95,6 +96,7 @@ class Evaluation:
         self._settings = settings
         self._states = StateCache(settings.reference_cache_mib << 20)
         self._rows = RowCache()
+        self._written = WriteOnce(store)
 
     # Jobs
 
@@ -125,7 +127,7 @@ class Evaluation:
         bench, entry = found
         part = bench.suite.part(number)
         measured = 0
-        if not self._store.exists(self._part_key(bench, step, part)):
+        if not self._written.exists(self._part_key(bench, step, part)):
             measure = self._measure_rows if part.kind == "rows" else self._measure_answers
             measured = measure(bench, entry, part)
         if self._missing(bench, step, part.split, first_only=True):
@@ -189,7 +191,7 @@ class Evaluation:
                 states = hidden_states(teacher, rows)
                 self._states.put(key, states)
         floor_key = artifacts.reference_part_key(bench.tenant, spec.dataset_id, part.number)
-        if not self._store.exists(floor_key):
+        if not self._written.exists(floor_key):
             if head is None or states is None:
                 known = stored_sums(rows)
             else:
@@ -276,7 +278,7 @@ class Evaluation:
 
     def _finish_validation(self, bench: Bench, entry: Published) -> Next:
         key = artifacts.report_key(bench.tenant, bench.spec.training_id, entry.step)
-        stored = self._store.find_model(key, Report)
+        stored = self._written.find(key, Report)
         written = ""
         if stored is None:
             report = validation_report(
@@ -303,7 +305,7 @@ class Evaluation:
         reports = []
         for step in sorted({entry.step for entry in bench.state.published}):
             key = artifacts.report_key(bench.tenant, bench.spec.training_id, step)
-            stored = self._store.find_model(key, Report)
+            stored = self._written.find(key, Report)
             if stored is None:
                 return None
             reports.append(stored[0])
@@ -345,13 +347,13 @@ class Evaluation:
     def _bench(self, tenant: str, pipeline: str) -> Bench | None:
         """Everything that evaluating needs; None while some of it is missing, or no longer
         wanted. The event that brings the missing part comes by itself."""
-        if self._store.exists(artifacts.stopped_key(tenant, pipeline)):
+        if self._written.exists(artifacts.stopped_key(tenant, pipeline)):
             return None
-        found = self._store.find_model(artifacts.spec_key(tenant, pipeline), ResolvedSpec)
+        found = self._written.find(artifacts.spec_key(tenant, pipeline), ResolvedSpec)
         if found is None:
             return None
         spec = found[0]
-        heldout = self._store.find_model(artifacts.heldout_key(tenant, spec.dataset_id), Heldout)
+        heldout = self._written.find(artifacts.heldout_key(tenant, spec.dataset_id), Heldout)
         state = self._store.find_model(
             artifacts.training_state_key(tenant, spec.training_id), TrainingState
         )
@@ -373,7 +375,7 @@ class Evaluation:
         return rows
 
     def _tokenizer(self, spec: ResolvedSpec) -> ChatTokenizer:
-        return self._store.get_model(spec.tokenizer, ChatTokenizer)
+        return self._written.get(spec.tokenizer, ChatTokenizer)
 
     def _part_key(self, bench: Bench, step: int, part: Part) -> str:
         return artifacts.report_part_key(bench.tenant, bench.spec.training_id, step, part.number)
@@ -384,7 +386,7 @@ class Evaluation:
         missing = []
         # The last parts are done last: looking from the end mostly takes one look.
         for part in reversed(bench.suite.of_split(split)):
-            if not self._store.exists(self._part_key(bench, step, part)):
+            if not self._written.exists(self._part_key(bench, step, part)):
                 missing.append(part)
                 if first_only:
                     break

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
+from services.evaluator.reasons import VOCABULARY_MISMATCH
 from services.evaluator.statistics import RowSums
 from services.evaluator.suite import Row
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.signals import decode
-
-VOCABULARY = "vocabulary_mismatch"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def score_rows(
             f"expected models over at least the tokenizer's {vocabulary} tokens, found a model "
             f"over {size} and a reference over {reference_size}: student and teacher must share "
             "one tokenizer",
-            reason=VOCABULARY,
+            reason=VOCABULARY_MISMATCH,
         )
     # Padding beyond the tokenizer holds no token: where its size differs, it is left out.
     width = size if reference_size in (None, size) else vocabulary
@@ -180,7 +179,7 @@ def _signal(row: Row, device: Any, width: int) -> Signal | None:
         raise PermanentError(
             f"row {row.row_id}: expected a signal of {row.supervised} positions over {width} "
             f"tokens, found {stored.positions} positions and id {int(stored.ids.max())}",
-            reason=VOCABULARY,
+            reason=VOCABULARY_MISMATCH,
         )
     logp = torch.from_numpy(stored.logp)
     ids = torch.from_numpy(stored.ids)

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from services.evaluator.reasons import CHECKPOINT_INCOMPLETE
 from services.evaluator.suite import Row
 from stillhouse.chassis.errors import PermanentError
-from stillhouse.chassis.model_folder import check_model_folder, resolve_reference
+from stillhouse.chassis.model_folder import WEIGHTS_REFUSED, check_model_folder, resolve_reference
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.trainings import CheckpointManifest
@@ -59,13 +60,13 @@ def open_folder(folder: Path, device: str) -> Any:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise PermanentError(
-            f"{folder} does not load as a model: {error}", reason="model_weights_refused"
+            f"{folder} does not load as a model: {error}", reason=WEIGHTS_REFUSED
         ) from error
     wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
     if wrong:
         raise PermanentError(
             f"{folder}: weights and config.json do not fit each other: {str(wrong)[:500]}",
-            reason="model_weights_refused",
+            reason=WEIGHTS_REFUSED,
         )
     return model.eval().requires_grad_(False).to(device)
 
@@ -104,7 +105,7 @@ class Models:
         files = self._store.get_model(manifest, CheckpointManifest).files
         if missing := [name for name in FILES if name not in files]:
             raise PermanentError(
-                f"{manifest.key} names no {', '.join(missing)}", reason="checkpoint_incomplete"
+                f"{manifest.key} names no {', '.join(missing)}", reason=CHECKPOINT_INCOMPLETE
             )
         folder = self._folder / manifest.sha256[:32]
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from services.evaluator.reasons import REPORT_PARTS_DISAGREE
 from services.evaluator.statistics import RowSums, figures, stop_figures
 from services.evaluator.suite import Row, Suite
 from stillhouse.chassis.errors import PermanentError
@@ -18,8 +19,6 @@ from stillhouse.contracts.artifacts import Id, ObjectRef, Sha256
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.responses import Record
 from stillhouse.contracts.trainings import Figures, Report, SamplePair
-
-PARTS_DISAGREE = "report_parts_disagree"
 
 
 class RowsPart(Record):
@@ -66,7 +65,7 @@ def row_figures(suite: Suite, split: Split, parts: Sequence[RowsPart]) -> Figure
             f"the stored parts of a report are {found[:3]}..., expected {expected[:3]}... of one "
             "model: EVALUATOR_ROWS_PER_PART must stay what it was when the dataset's evaluation "
             "began",
-            reason=PARTS_DISAGREE,
+            reason=REPORT_PARTS_DISAGREE,
         )
     return figures([row for part in parts for row in part.rows])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from services.evaluator.card import display_name, render_card
+from services.evaluator.reasons import CHECKPOINT_INCOMPLETE, LINEAGE_BROKEN, STUDENT_CONFLICT
 from stillhouse.chassis.errors import MissingObject, PermanentError
 from stillhouse.chassis.storage import AlreadyExists, ObjectStore
 from stillhouse.contracts import artifacts
@@ -220,7 +221,7 @@ def _lineage(
         if ref.sha256 in seen or len(chain) > MOST_ANCESTORS:
             raise PermanentError(
                 f"{ref.key} is its own ancestor: its manifest was forged or damaged",
-                reason="lineage_broken",
+                reason=LINEAGE_BROKEN,
             )
         try:
             manifest = store.get_model(ref, CheckpointManifest)
@@ -236,7 +237,7 @@ def _put_weights(store: ObjectStore, spec: ResolvedSpec, path: Path) -> ObjectRe
         raise PermanentError(
             f"{key} holds other weights than the chosen checkpoint's: a student is written once; "
             "post the pipeline anew",
-            reason="student_conflict",
+            reason=STUDENT_CONFLICT,
         ) from error
 
 
@@ -262,7 +263,7 @@ def _file(manifest: CheckpointManifest, name: str) -> ObjectRef:
     if name not in manifest.files:
         raise PermanentError(
             f"the checkpoint of step {manifest.step} names no {name}",
-            reason="checkpoint_incomplete",
+            reason=CHECKPOINT_INCOMPLETE,
         )
     return manifest.files[name]
 

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from services.evaluator.reasons import HELDOUT_ROW_MALFORMED, NO_SUCH_PART
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.shards import SHARD_SCHEMA, Heldout
 from stillhouse.contracts.signals import StoredTopK
-
-BAD_ROW = "heldout_row_malformed"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Suite:
     def part(self, number: int) -> Part:
         if not 0 <= number < len(self.parts):
             raise PermanentError(
-                f"expected a part below {len(self.parts)}, found {number}", reason="no_such_part"
+                f"expected a part below {len(self.parts)}, found {number}", reason=NO_SUCH_PART
             )
         return self.parts[number]
 
@@ -118,7 +117,7 @@ def _row(record: dict[str, Any], key: str) -> Row:
         raise PermanentError(
             f"{key}: row {record['row_id']} has {len(ids)} ids, {prompt_tokens} of the prompt and "
             f"{record['supervised_tokens']} supervised, which does not add up",
-            reason=BAD_ROW,
+            reason=HELDOUT_ROW_MALFORMED,
         )
     messages = json.loads(record["messages"])
     return Row(

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.evaluator.evaluation import Evaluation
-from services.evaluator.handlers import HANDLERS
-from services.evaluator.jobs import JOBS, EvaluatorContext
 from services.evaluator.metrics import StoredFigures
-from services.evaluator.models import Models, prepare_torch
-from services.evaluator.settings import EvaluatorSettings
 from stillhouse.chassis.errors import PermanentError
-from stillhouse.chassis.jobs import Job
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
-from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.events import CheckpointEvaluated, StudentEvaluated
-from stillhouse.contracts.spec import ResolvedSpec
-from stillhouse.contracts.trainings import Published, Report, StudentManifest
+from stillhouse.contracts.trainings import Report, StudentManifest
 from stillhouse.embedded.parts import seaweedfs
 from tests.support import shards
+from tests.support.evaluated import Scene, make_scene
 from tests.support.reports import (
     checkpoint_saved,
     store_checkpoint,
@@ -42,133 +32,6 @@ from tests.support.tiny_tokenizer import tiny_chat_tokenizer
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     with seaweedfs(tmp_path_factory.mktemp("store")) as part:
         yield shards.store_of(part)
-
-
-@dataclass
-class Scene:
-    """One pipeline whose training has two checkpoints; step 8 is nearer to the reference."""
-
-    store: ObjectStore
-    resolved: ResolvedSpec
-    settings: EvaluatorSettings
-    published: list[Published]
-    heldout: Envelope
-    envelopes: list[Envelope] = field(default_factory=list)
-
-    @property
-    def untrained(self) -> Published:
-        return self.published[0]
-
-    @property
-    def trained(self) -> Published:
-        return self.published[1]
-
-    def context(self, queue: deque[Job]) -> EvaluatorContext:
-        prepare_torch(1)
-        models = Models(
-            self.store, work_dir=self.settings.work_dir, roots=self.settings.roots, device="cpu"
-        )
-        return EvaluatorContext(
-            evaluation=Evaluation(self.store, models, self.settings),
-            publish=lambda *envelopes: self.envelopes.extend(envelopes),
-            enqueue=queue.append,
-        )
-
-    def take(
-        self, *events: Envelope, pop: Callable[[deque[Job]], Job] = deque.popleft
-    ) -> list[Envelope]:
-        """Handle events as the worker does, until no job is left; return what was published."""
-        queue: deque[Job] = deque()
-        context, before = self.context(queue), len(self.envelopes)
-        for envelope in events:
-            event = envelope.event()
-            queue.extend(HANDLERS[type(event)](envelope, event))
-        while queue:
-            job = pop(queue)
-            JOBS[job.name](job, context)
-        return self.envelopes[before:]
-
-    def report(self, step: int) -> Report:
-        key = artifacts.report_key(self.resolved.tenant_id, self.resolved.training_id, step)
-        found = self.store.find_model(key, Report)
-        assert found is not None, f"no report of step {step}"
-        return found[0]
-
-    def student_file(self, name: str) -> bytes:
-        stored = self.store.read(
-            artifacts.student_file_key(self.resolved.tenant_id, self.resolved.student_id, name)
-        )
-        assert stored is not None, f"no {name}"
-        return stored.data
-
-    def written(self) -> dict[str, bytes]:
-        """Everything that the evaluator wrote, by key."""
-        tenant, found = self.resolved.tenant_id, {}
-        prefixes = (
-            f"{artifacts.training_prefix(tenant, self.resolved.training_id)}/reports/",
-            f"{artifacts.dataset_prefix(tenant, self.resolved.dataset_id)}/reference/",
-            f"{artifacts.student_prefix(tenant, self.resolved.student_id)}/",
-        )
-        for prefix in prefixes:
-            for key in self.store.keys(prefix):
-                stored = self.store.read(key)
-                assert stored is not None
-                found[key] = stored.data
-        return found
-
-
-def make_scene(
-    store: ObjectStore, folder: Path, name: str, *, reference: bool = True, rows: int = 8
-) -> Scene:
-    """`name` makes the pipeline's id, so that scenes share one store."""
-    teacher = shards.tiny_student(folder / "teacher", layers=3, seed=1)
-    weak = shards.tiny_student(folder / "weak", layers=3, seed=2)
-    near = folder / "near"
-    _average(teacher, weak, near)
-    resolved = shards.make_resolved_spec(
-        pipeline=f"pl-{name}",
-        student=f"file:{weak}",
-        reference=f"file:{teacher}" if reference else None,
-        signal={"kind": "topk", "k": 8, "max_tokens": 24},
-    )
-    shards.store_spec(store, resolved)
-    heldout = shards.make_heldout(store, resolved, rows)
-    entries = shards.make_train_shards(store, resolved)
-    shards.make_dataset(store, resolved, entries, heldout=heldout)
-    untrained = store_checkpoint(store, resolved, weak, step=0)
-    trained = store_checkpoint(
-        store,
-        resolved,
-        near,
-        step=8,
-        final=True,
-        parent=untrained.manifest,
-        shards=[entry.shard for entry in entries],
-    )
-    store_state(store, resolved, [untrained, trained], done=True)
-    settings = EvaluatorSettings(
-        broker_url="redis://nowhere",
-        file_roots=str(folder),
-        work_dir=folder / "work",
-        rows_per_part=3,
-        generate_tokens=12,
-        stop_rate_prompts=4,
-        metrics_refresh_seconds=1,
-    )
-    settings.work_dir.mkdir()
-    envelope = shards.heldout_sealed(resolved, heldout[1])
-    return Scene(store, resolved, settings, [untrained, trained], envelope)
-
-
-def _average(one: Path, other: Path, folder: Path) -> None:
-    """A model near `one`: nine parts of it and one of `other`."""
-    from safetensors.torch import load_file, save_file
-
-    folder.mkdir()
-    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    mixed = {name: 0.9 * a[name] + 0.1 * b[name] for name in a}
-    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_bytes((one / "config.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +151,10 @@ def test_an_event_that_comes_again_publishes_again_and_writes_nothing(finished: 
     assert finished.written() == before
 
 
-def test_parts_in_another_order_and_process_give_the_same_bytes(
-    store: ObjectStore, finished: Scene, tmp_path: Path
+def test_parts_measured_in_another_order_give_the_same_bytes(
+    store: ObjectStore, finished: Scene
 ) -> None:
-    """What a kill leaves is done by another process, in whatever order its jobs come."""
+    """What a lost worker leaves is done by another one, in whatever order its jobs come."""
     before = finished.written()
     parts = [key for key in before if "/part-" in key]
     assert len(parts) == 3 * 2 + 3 * 2 + 2 + 6  # rows of both splits, answers, reference
@@ -300,47 +163,11 @@ def test_parts_in_another_order_and_process_give_the_same_bytes(
     for key in before:
         if not key.endswith(("part-0001.json", "part-0004.json")):
             store.delete(key)
-    job = tmp_path / "again.py"
-    job.write_text(
-        "import json, sys\n"
-        "from collections import deque\n"
-        "from pathlib import Path\n"
-        "from tests.integration.test_evaluator_reports import Scene\n"
-        "from services.evaluator.settings import EvaluatorSettings\n"
-        "from stillhouse.chassis.storage import ObjectStore\n"
-        "from stillhouse.contracts.envelope import Envelope\n"
-        "from stillhouse.contracts.spec import ResolvedSpec\n"
-        "told = json.load(sys.stdin)\n"
-        "scene = Scene(ObjectStore(**told['store']), ResolvedSpec(**told['resolved']),\n"
-        "              EvaluatorSettings(**told['settings']), [], None)\n"
-        "scene.take(*map(Envelope.decode, told['events']), pop=deque.pop)\n"
-    )
-    events = [
+    finished.take(
         training_completed(finished.resolved, finished.trained),
         checkpoint_saved(finished.resolved, finished.trained),
         finished.heldout,
-    ]
-    client: Any = store._client
-    credentials = client._request_signer._credentials
-    told = {
-        "store": {
-            "bucket": store.bucket,
-            "endpoint_url": client.meta.endpoint_url,
-            "access_key": credentials.access_key,
-            "secret_key": credentials.secret_key,
-        },
-        "resolved": finished.resolved.model_dump(mode="json", by_alias=True),
-        "settings": finished.settings.model_dump(mode="json")
-        | {"work_dir": str(tmp_path), "generate_batch": 32},
-        "events": [envelope.encode().decode() for envelope in events],
-    }
-    subprocess.run(
-        [sys.executable, str(job)],
-        input=json.dumps(told),
-        text=True,
-        check=True,
-        timeout=120,
-        env={"PYTHONPATH": ".", "PATH": "", "OMP_NUM_THREADS": "1"},
+        pop=deque.pop,
     )
     assert finished.written() == before
 
@@ -410,6 +237,31 @@ def test_rows_per_part_that_changed_in_between_is_named(store: ObjectStore, tmp_
     scene.settings = scene.settings.model_copy(update={"rows_per_part": 2})
     with pytest.raises(PermanentError, match="EVALUATOR_ROWS_PER_PART"):
         scene.take(scene.heldout)
+
+
+def test_reference_weights_outside_the_operators_folders_are_refused(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    scene = make_scene(store, tmp_path, "refused", rows=2)
+    scene.settings = scene.settings.model_copy(update={"file_roots": str(tmp_path / "other")})
+    with pytest.raises(PermanentError) as refused:
+        scene.take(scene.heldout)
+    assert refused.value.reason == "model_folder_refused"
+    assert scene.written() == {}
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    """A layer left random would look like a bad student."""
+    scene = make_scene(store, tmp_path, "misfit", rows=2)
+    folder = tmp_path / "weak"
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    published = store_checkpoint(store, scene.resolved, folder, step=4)
+    store_state(store, scene.resolved, [published])
+    with pytest.raises(PermanentError, match="do not fit each other"):
+        scene.take(checkpoint_saved(scene.resolved, published))
 
 
 def test_figures_are_rendered_from_the_store(finished: Scene, store: ObjectStore) -> None:
