@@ -136,7 +136,7 @@ def _accept(context: Context, pipeline: Pipeline) -> None:
     with transaction(context.engine) as session:
         held = _accepting(session, pipeline.pipeline_id)
         held.state = "running"
-        held.next_attempt_at = None
+        held.attempts, held.next_attempt_at = 0, None  # from here on the probe's
         held.dataset_id = resolved.dataset_id
         held.training_id = resolved.training_id
         held.student_id = resolved.student_id

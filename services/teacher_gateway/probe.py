@@ -32,7 +32,7 @@ from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.chat import ChatTokenizer, Message
-from stillhouse.contracts.spec import ResolvedSpec
+from stillhouse.contracts.spec import ResolvedSpec, Spec
 
 log = logger(__name__)
 
@@ -103,7 +103,7 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         except PermanentError as error:
             outcome = Reject(error.reason, str(error))
         CALLS.labels("answered" if isinstance(outcome, Answered) else "probe_failed").inc()
-        unfit = judge(outcome, resolved, chat, expected)
+        unfit = judge(outcome, resolved.spec, chat, expected)
         with transaction(context.engine) as session:
             _book(session, pipeline_id, charge_id, outcome, resolved, worst)
             failed = _decide(session, context, pipeline_id, attempt, outcome, unfit)
@@ -149,13 +149,11 @@ async def _ask(context: Context, resolved: ResolvedSpec) -> Outcome:
         )
 
 
-def judge(
-    outcome: Outcome, resolved: ResolvedSpec, chat: ChatTokenizer, expected: int
-) -> Unfit | None:
+def judge(outcome: Outcome, spec: Spec, chat: ChatTokenizer, expected: int) -> Unfit | None:
     """Say why a teacher is unfit; None when it is fit, or when only time can tell."""
     if isinstance(outcome, Retry):
         return None
-    name, signal = resolved.teacher.name, resolved.spec.signal
+    name, signal = spec.teachers[0].name, spec.signal
     if isinstance(outcome, Reject):
         if outcome.reason == reasons.MISSING_LOGPROBS:
             return Unfit(

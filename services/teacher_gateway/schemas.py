@@ -64,6 +64,7 @@ class Checked(BaseModel):
     prompt_tokens: int = Field(description="estimated from the first 2000 prompts")
     worst_case_usd: float = Field(description="if every answer took `signal.max_tokens`")
     budget_usd: float
+    probe_usd: float | None = Field(description="what the one question cost; none without `probe`")
 
 
 class StageView(BaseModel):

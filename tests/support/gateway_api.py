@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import json
@@ -14,13 +15,14 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from services.teacher_gateway.app import app_of
 from services.teacher_gateway.context import Context
-from services.teacher_gateway.database import open_engine
+from services.teacher_gateway.database import open_engine, reading
 from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.migrate import migrate
+from services.teacher_gateway.models import History, Pipeline
 from services.teacher_gateway.routes.parts import Gateway
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.terms.gate import load_catalogue
@@ -28,6 +30,7 @@ from services.teacher_gateway.timeouts import table
 from stillhouse.chassis import settings as chassis_settings
 from stillhouse.chassis.bus import Publisher
 from stillhouse.chassis.storage import ObjectStore
+from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.flow import GATEWAY
 from tests.support.tiny_tokenizer import VOCABULARY, write_folder
 from tests.support.waiting import wait_for
@@ -188,3 +191,32 @@ def posted_spec(files: Path, **changes: Any) -> dict[str, Any]:
         "budget": {"teacher_usd": 1},
     }
     return copy.deepcopy(spec | changes)
+
+
+def submit(api: Api, spec: dict[str, Any]) -> str:
+    """Post a spec; return the pipeline's id."""
+
+    async def post() -> httpx.Response:
+        async with asgi_client(api) as client:
+            return await client.post("/v1/pipelines", json=spec)
+
+    answer = asyncio.run(post())
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["pipeline_id"])
+
+
+def pipeline(api: Api, pipeline_id: str) -> Pipeline:
+    with reading(api.engine) as session:
+        found = session.get(Pipeline, pipeline_id)
+    assert found is not None
+    return found
+
+
+def events(api: Api, pipeline_id: str) -> list[Envelope]:
+    with reading(api.engine) as session:
+        found = session.scalars(
+            select(History.envelope)
+            .where(History.pipeline_id == pipeline_id)
+            .order_by(History.sequence)
+        )
+        return [Envelope.decode(envelope) for envelope in found]

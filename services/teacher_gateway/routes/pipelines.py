@@ -41,6 +41,7 @@ from services.teacher_gateway.schemas import (
     Tokens,
 )
 from services.teacher_gateway.stop import cancel_pipeline
+from services.teacher_gateway.trial import ask_once
 from stillhouse.contracts.artifacts import ID_PATTERN
 from stillhouse.contracts.canonical import canonical_json
 from stillhouse.contracts.events import STAGES
@@ -82,7 +83,10 @@ async def create_pipeline(
     who: Who,
     parts: Parts,
     check: Annotated[bool, Query(description="only check the spec, create nothing")] = False,
-    probe: Annotated[bool, Query(description="beside `check`: not built yet")] = False,
+    probe: Annotated[
+        bool,
+        Query(description="beside `check`: ask the teacher one short question, which it bills"),
+    ] = False,
     idempotency_key: Annotated[
         str | None,
         Header(description="repeats with the same key and spec get the same pipeline"),
@@ -90,17 +94,17 @@ async def create_pipeline(
     traceparent: Annotated[str | None, Header(description="W3C trace context")] = None,
 ) -> Any:
     """Create a pipeline from a spec (JSON or YAML), or check the spec."""
-    if probe:
+    if probe and not check:
         raise ProblemError(
             422,
-            "not-built",
-            "`probe` is not built yet: leave it out; a pipeline asks its teacher one item first",
+            "probe-without-check",
+            "`probe` goes with `check=true`; a pipeline asks its teacher one thing by itself",
         )
     body = await request.body()
     spec = await run_in_threadpool(read_spec, body, request.headers.get("content-type"))
     if check:
         response.status_code = 200
-        return await run_in_threadpool(_check, parts, who, spec)
+        return await run_in_threadpool(_check, parts, who, spec, probe)
     created = await run_in_threadpool(
         _create, parts, who, spec, _key(idempotency_key), _trace(traceparent)
     )
@@ -170,9 +174,16 @@ def cost_of(pipeline: Pipeline) -> Cost:
     return Cost(**micro, **{f"{n}_usd": micro[f"{n}_microusd"] / 1e6 for n in names})
 
 
-def _check(parts: Gateway, who: Caller, spec: Spec) -> Checked:
+def _check(parts: Gateway, who: Caller, spec: Spec, probe: bool) -> Checked:
     found = survey(spec, who.tenant_id, parts.settings, parts.catalogue, parts.store)
     chat = found.tokenizer.chat
+    probed: int | None = None
+    if probe:
+        probed = ask_once(spec, found, parts.settings)
+        with transaction(parts.engine) as session:
+            _audit(
+                session, who, "teacher.probed", spec.teachers[0].url or "", f"{probed} micro-USD"
+            )
     return Checked(
         name=spec.name,
         spec_sha256=spec_digest(spec),
@@ -193,6 +204,7 @@ def _check(parts: Gateway, who: Caller, spec: Spec) -> Checked:
         prompt_tokens=found.prompt_tokens,
         worst_case_usd=found.worst_case_microusd / 1e6,
         budget_usd=spec.budget.teacher_usd,
+        probe_usd=None if probed is None else probed / 1e6,
     )
 
 
@@ -274,14 +286,15 @@ def _trace(value: str | None) -> str:
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
 
 
-def _audit(session: Session, who: Caller, action: str, target: str) -> None:
+def _audit(session: Session, who: Caller, action: str, target: str, detail: str = "") -> None:
     session.add(
         Audit(
             at=now(session),
             tenant_id=who.tenant_id,
             actor=who.prefix,
             action=action,
-            target=target,
+            target=target[:200],
+            detail=detail,
         )
     )
 

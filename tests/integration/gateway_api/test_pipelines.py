@@ -290,7 +290,7 @@ def test_mistakes_in_the_request_are_problems(client: httpx.Client) -> None:
         ("PUT", "/v1/uploads/xyz", 422, "invalid-request"),
         ("POST", "/v1/pipelines", 415, "media-type"),
         ("POST", "/v1/pipelines?check=maybe", 422, "invalid-request"),
-        ("POST", "/v1/pipelines?check=true&probe=true", 422, "not-built"),
+        ("POST", "/v1/pipelines?probe=true", 422, "probe-without-check"),
         ("GET", "/v1/pipelines/", 404, "not-found"),
     ]
     for method, url, status, name in cases:
