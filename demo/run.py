@@ -33,7 +33,7 @@ LEFT = (
     *("secrets", "stack.json", "student-*", ".student-*", "summary.json", "valkey", "work"),
 )
 
-DEADLINE_SECONDS = 20 * 60
+DEADLINE_MINUTES = 20.0
 ENOUGH = 0.7  # the student's kl_full must be below this share of the untrained student's
 # A stack that restarts its API under the demo (it may) is away for seconds.
 PATIENCE_SECONDS = 60.0
@@ -48,10 +48,14 @@ class DemoFailedError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="data folder")
-    root = parser.parse_args().root.resolve()
+    parser.add_argument(
+        "--deadline-minutes", type=float, default=DEADLINE_MINUTES, help="how long to wait at most"
+    )
+    options = parser.parse_args()
+    root = options.root.resolve()
     screen = Screen()
     try:
-        Demo(root, screen).run()
+        Demo(root, screen, options.deadline_minutes * 60).run()
     except KeyboardInterrupt:
         screen.progress("stopped; nothing runs any more")
         return 130
@@ -67,10 +71,11 @@ def main() -> int:
 class Demo:
     """One run in one folder."""
 
-    def __init__(self, root: Path, screen: Screen) -> None:
+    def __init__(self, root: Path, screen: Screen, deadline_seconds: float) -> None:
         self.root = root
         self.weights = root / "models" / "smollm2-135m-instruct"
         self.screen = screen
+        self.deadline_seconds = deadline_seconds
         self.began = time.monotonic()
 
     def run(self) -> None:
@@ -146,7 +151,7 @@ class Demo:
                 client,
                 self.screen,
                 pipeline_id,
-                timeout_seconds=DEADLINE_SECONDS,
+                timeout_seconds=self.deadline_seconds,
                 began=self.began,
             )
             if pipeline["state"] != "released":

@@ -108,9 +108,11 @@ class Client:
 
     # Pipelines
 
-    def check(self, spec: Mapping[str, Any]) -> Json:
-        """Have a spec checked; nothing is created and no teacher is asked."""
-        return self._json("POST", "/v1/pipelines", params={"check": "true"}, json=spec)
+    def check(self, spec: Mapping[str, Any], *, probe: bool = False) -> Json:
+        """Have a spec checked without creating anything; with `probe` its teacher answers (and
+        bills) one short question."""
+        query = {"check": "true"} | ({"probe": "true"} if probe else {})
+        return self._json("POST", "/v1/pipelines", params=query, json=spec)
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Json:
         """Create a pipeline. The same spec gives the same pipeline again unless another

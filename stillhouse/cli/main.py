@@ -72,16 +72,19 @@ def init(
 @app.command()
 def check(
     spec: SpecFile,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Ask the teacher one short question, which it bills.")
+    ] = False,
     url: Url = None,
     key: Key = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Have a spec checked: fields, terms, tokenizers. Nothing is created or asked."""
+    """Have a spec checked: fields, terms, tokenizers. Nothing is created."""
     document = specs.load(spec)
     screen = Screen(as_json=as_json)
     with connect(url, key, root) as client:
-        found = client.check(specs.upload_inputs(client, document))
+        found = client.check(specs.upload_inputs(client, document), probe=probe)
     if as_json:
         screen.data(found)
         return

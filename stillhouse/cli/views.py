@@ -212,6 +212,8 @@ def check_lines(found: Json) -> list[str]:
         f"at most {usd(found['worst_case_usd'])} for the teacher (budget "
         f"{usd(found['budget_usd'])}), about {found['prompt_tokens']} prompt tokens",
     ]
+    if found["probe_usd"] is not None:
+        lines.append(f"the teacher answered as the spec asks, for {usd(found['probe_usd'])}")
     if found["worst_case_usd"] > found["budget_usd"]:
         lines.append("the budget may end before the prompts do: what is left is then rejected")
     return lines
