@@ -22,7 +22,13 @@ from sqlalchemy.exc import IntegrityError
 
 from services.teacher_gateway.counters import TICK_ERRORS
 from services.teacher_gateway.database import now, open_engine, reading, transaction
-from services.teacher_gateway.dispatch import find_due, find_unfinished, mark_enqueued, reap
+from services.teacher_gateway.dispatch import (
+    find_dead,
+    find_due,
+    find_unfinished,
+    mark_enqueued,
+    reap,
+)
 from services.teacher_gateway.ledger import changed
 from services.teacher_gateway.metrics import StateCollector
 from services.teacher_gateway.migrate import check_migrated
@@ -64,6 +70,7 @@ class Clock:
     # When a job without a row of its own was put on the queue, so that each tick does not again.
     _asked: dict[tuple[str, str], float] = field(default_factory=dict)
     _redriven_at: float = 0.0
+    _held_at: float = float("-inf")
 
     def tick(self) -> bool:
         """Do all duties once; False when another clock is active."""
@@ -92,6 +99,14 @@ class Clock:
 
     def hold(self) -> bool:
         """Take or renew the lease of the one active clock."""
+        sent = time.monotonic()
+        if sent - self._held_at < self.times.clock_ttl / 3:
+            return True
+        held = self._hold()
+        self._held_at = sent if held else float("-inf")
+        return held
+
+    def _hold(self) -> bool:
         try:
             with transaction(self.engine) as session:
                 clock = now(session)
@@ -121,6 +136,7 @@ class Clock:
 
     def release(self) -> None:
         """Let another clock begin at once."""
+        self._held_at = float("-inf")
         with transaction(self.engine) as session:
             changed(
                 session,
@@ -136,8 +152,11 @@ class Clock:
 
     def dispatch(self) -> None:
         """Reap dead leases and put the jobs of due batches on the queue."""
-        with transaction(self.engine) as session:
-            reap(session)
+        with reading(self.engine) as session:
+            dead = find_dead(session)
+        if dead:
+            with transaction(self.engine) as session:
+                reap(session)
         with reading(self.engine) as session:
             due = find_due(session, self.times, window=self.window, at_once=self.at_once)
         for batch in due:

@@ -44,7 +44,7 @@ from services.teacher_gateway.ledger import (
 from services.teacher_gateway.models import Batch, Item, Pipeline
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.parts import Series, close_series
-from services.teacher_gateway.stop import TERMINAL
+from services.teacher_gateway.stop import TERMINAL, finish_stopping
 from services.teacher_gateway.teachers.openai import open_teacher
 from services.teacher_gateway.teachers.outcomes import Reject
 from stillhouse.chassis.crash import crash_point
@@ -206,7 +206,9 @@ def _finish(
             )
             emit(session, pipeline, event)
     crash_point("batch_closed")
-    if manifest is not None:
+    if stopping:
+        finish_stopping(context.engine, context.store, claim.pipeline_id)
+    elif manifest is not None:
         complete_responses(context, claim.pipeline_id)
 
 

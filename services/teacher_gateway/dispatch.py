@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now
@@ -32,16 +32,26 @@ class Due:
     epoch: int
 
 
+def _dead(clock: float) -> ColumnElement[bool]:
+    return and_(Batch.state == "due", Batch.lease_until <= clock, Batch.next_attempt_at <= clock)
+
+
+def find_dead(session: Session) -> bool:
+    """Whether there is anything to reap; asked first, since writing takes the one lock."""
+    return (
+        session.execute(select(Batch.batch).where(_dead(now(session))).limit(1)).first() is not None
+    )
+
+
 def reap(session: Session) -> int:
     """Make batches whose worker died, or whose job nobody took, due again.
 
     The reservation of a dead attempt stays until the next one settles it.
     """
-    clock = now(session)
     return changed(
         session,
         update(Batch)
-        .where(Batch.state == "due", Batch.lease_until <= clock, Batch.next_attempt_at <= clock)
+        .where(_dead(now(session)))
         .values(state="waiting", holder="", lease_until=0.0),
     )
 

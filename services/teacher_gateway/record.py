@@ -24,6 +24,7 @@ from services.teacher_gateway.ledger import changed, lock
 from services.teacher_gateway.models import History, Item, Pipeline
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.outbox import record as append
+from services.teacher_gateway.redrive import MOVED
 from services.teacher_gateway.release import write_release
 from services.teacher_gateway.stop import (
     ENDED_STAGES,
@@ -241,7 +242,8 @@ def _stage_progressed(
     _: Fetched,
 ) -> None:
     figures = json.loads(pipeline.figures)
-    figures[event.stage] = {**event.figures, "at": now(session)}
+    figures[event.stage] = event.figures
+    figures.setdefault(MOVED, {})[event.stage] = now(session)
     pipeline.figures = json.dumps(figures, sort_keys=True)
     if event.stage == "train":
         seen = event.figures

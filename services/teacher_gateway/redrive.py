@@ -32,6 +32,7 @@ log = logger(__name__)
 ITEMS_AT_ONCE = 8
 # Pauses grow to 2 ** this times the deadline.
 MOST_DOUBLINGS = 6
+MOVED = "moved_at"  # beside the stages' figures: when each reported progress last
 WHOLE = -1  # the pair of a step that a pipeline has once
 
 
@@ -62,7 +63,7 @@ class Seen:
 
 
 def look(session: Session, pipeline: Pipeline) -> Seen:
-    """Read what re-drive needs of a history; progress comes from the figures' own time."""
+    """Read what re-drive needs of a history; progress has its times beside the figures."""
     seen = Seen()
     rows = session.execute(
         select(
@@ -74,8 +75,7 @@ def look(session: Session, pipeline: Pipeline) -> Seen:
     for event_type, pair, at, sequence in rows:
         place = seen.last.setdefault(event_type, {})
         place[WHOLE if pair is None else pair] = (at, sequence)
-    for stage, figures in json.loads(pipeline.figures).items():
-        seen.moved[stage] = figures.get("at", 0.0)
+    seen.moved.update(json.loads(pipeline.figures).get(MOVED, {}))
     for step in STEPS:
         for at, _ in seen.last.get(step.output.TYPE, {}).values():
             seen.moved[step.stage] = max(seen.moved.get(step.stage, 0.0), at)

@@ -49,7 +49,7 @@ class TeacherGatewaySettings(ServiceSettings):
     allow_private_teachers: bool | None = Field(
         None, description="whether teachers may have private addresses; unset: when embedded"
     )
-    worker_processes: int = Field(2, ge=1, le=64, description="jobs at once in one worker")
+    worker_processes: int = Field(3, ge=1, le=64, description="jobs at once in one worker")
     collect_jobs: int | None = Field(
         None, ge=1, description="batches asked at once in all; unset: a worker's processes less one"
     )

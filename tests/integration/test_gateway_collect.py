@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from services.teacher_gateway.models import History
+from services.teacher_gateway.claims import MOST_CRASHES
+from services.teacher_gateway.database import transaction
+from services.teacher_gateway.ledger import Line, settle
+from services.teacher_gateway.models import Batch, History, Pipeline
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.responses import ResponsesClosed
 from stillhouse.embedded.parts import Store
@@ -156,7 +160,11 @@ def test_a_late_writer_is_fenced_and_its_answers_are_listed(
     store: ObjectStore, database_url: str, tenant: str, teacher: Teacher
 ) -> None:
     teacher.latency = 0.3
-    world = make_world(store, database_url, tenant, teacher.url, items=12, concurrency=12)
+    # No renewal within the test: it would rightly win the lease back.
+    paused = dataclasses.replace(FAST, lease_ttl=90, beat=30)
+    world = make_world(
+        store, database_url, tenant, teacher.url, items=12, concurrency=12, times=paused
+    )
     late = threading.Thread(target=world.collect)
     late.start()
     wait_for(lambda: len(teacher.requests) == 12, 5, "all calls of the first attempt")
@@ -194,6 +202,7 @@ ALWAYS = [
     (Fault("content_filter"), "refused_by_teacher", True),
     (Fault("missing_logprobs"), "missing_logprobs", True),
     (Fault("missing_usage"), "teacher_invalid", True),
+    (Fault("wrong_usage"), "teacher_invalid", True),
 ]
 
 
@@ -284,11 +293,22 @@ def test_the_deadline_closes_what_is_left(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
     world = make_world(store, url, tenant, teacher.url, items=3)
-    from services.teacher_gateway.models import Batch
-
     world.set(Batch, close_by=1.0, next_attempt_at=9e12)
     world.collect()
     assert world.outcomes() == {"closed_by_deadline": 3}
+    assert teacher.requests == []
+
+
+def test_a_batch_that_kills_its_workers_is_given_up(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3)
+    lines = [Line(f"crash:0:{n}", "unknown", 0, 0, n) for n in range(MOST_CRASHES)]
+    with transaction(world.engine) as session:
+        settle(session, world.pipeline_id, lines, release=0)
+    world.collect()
+    assert world.outcomes() == {"worker_lost": 3}
     assert teacher.requests == []
 
 
@@ -311,8 +331,6 @@ def test_a_budget_is_used_up_and_never_exceeded(
 def test_a_batch_waits_for_open_reservations_before_its_items_are_rejected(
     store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
 ) -> None:
-    from services.teacher_gateway.models import Batch, Pipeline
-
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
     world = make_world(store, url, tenant, teacher.url, batches=2, items=4, budget_usd=0.001)
     world.set(Pipeline, reserved_microusd=900)
@@ -331,8 +349,6 @@ def test_a_batch_waits_for_open_reservations_before_its_items_are_rejected(
 def test_slow_answers_leave_the_rest_to_the_next_attempt(
     store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
 ) -> None:
-    import dataclasses
-
     teacher.latency = 0.3
     times = dataclasses.replace(FAST, call=0.8, attempt=1.2)
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"

@@ -98,7 +98,7 @@ def test_too_few_logprobs_are_refused_by_name(make: Any, teacher: Teacher) -> No
         ]
     )
     outcome = Answered(body.decode(), Usage(1, 1))
-    unfit = judge(outcome, world.resolved, tiny_chat_tokenizer(), 1)
+    unfit = judge(outcome, world.resolved.spec, tiny_chat_tokenizer(), 1)
     assert unfit is not None
     assert unfit.reason == "too_few_logprobs"
     assert "set `signal.k: 1`" in unfit.detail
