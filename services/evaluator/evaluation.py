@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from services.evaluator.fidelity import hidden_states, score_rows, stored_sums
 from services.evaluator.generate import Prompt, generate
-from services.evaluator.models import Models, RowCache, StateCache
+from services.evaluator.models import Models, RowCache, StateCache, weights_of
 from services.evaluator.report import (
     AnswersPart,
     GeneratedAnswer,
@@ -50,7 +50,13 @@ from stillhouse.contracts.events import (
 )
 from stillhouse.contracts.shards import Heldout
 from stillhouse.contracts.spec import ResolvedSpec
-from stillhouse.contracts.trainings import Published, Report, StudentManifest, TrainingState
+from stillhouse.contracts.trainings import (
+    CheckpointManifest,
+    Published,
+    Report,
+    StudentManifest,
+    TrainingState,
+)
 
 M = TypeVar("M", bound=BaseModel)
 Arguments = dict[str, int | str]
@@ -156,6 +162,9 @@ class Evaluation:
         if stored := self._store.find_model(manifest_key, StudentManifest):
             return Next(events=[_student_evaluated(*stored)])
         chosen = choose(reports)
+        entry = bench.published(chosen.step)
+        if entry is None:
+            return Next.nothing()
         steps = sorted({0, chosen.step} & {entry.step for entry in bench.state.published})
         jobs: list[tuple[str, Arguments]] = []
         for step in steps:
@@ -167,11 +176,11 @@ class Evaluation:
             heldout=bench.suite.heldout,
             heldout_ref=bench.suite.heldout_ref,
             tokenizer=self._tokenizer(spec),
-            checkpoint=chosen.checkpoint,
-            report=self._test_report(bench, chosen),
+            checkpoint=entry.manifest,
+            report=self._test_report(bench, entry),
             validation=reports,
         )
-        manifest, ref = write_student(self._store, inputs, self._models.fetch(chosen.checkpoint))
+        manifest, ref = write_student(self._store, inputs, self._models.fetch(entry.manifest))
         return Next(events=[_student_evaluated(manifest, ref)], written="student")
 
     # Measuring
@@ -218,7 +227,7 @@ class Evaluation:
         )
         self._keep(
             self._part_key(bench, entry.step, part),
-            self._rows_part(bench, entry.manifest.sha256, part, sums),
+            self._rows_part(bench, self._weights(entry), part, sums),
         )
         return len(rows)
 
@@ -263,7 +272,7 @@ class Evaluation:
         stored = AnswersPart(
             training_id=bench.spec.training_id,
             step=entry.step,
-            subject=entry.manifest.sha256,
+            subject=self._weights(entry),
             heldout_sha256=bench.suite.heldout_ref.sha256,
             part=part.number,
             max_tokens=most,
@@ -311,14 +320,14 @@ class Evaluation:
             reports.append(stored[0])
         return reports or None
 
-    def _test_report(self, bench: Bench, chosen: Report) -> Report:
+    def _test_report(self, bench: Bench, chosen: Published) -> Report:
         untrained = bench.published(0) if chosen.step else None
         return test_report(
             bench.suite,
             self._load_rows(bench, "test"),
-            training_id=chosen.training_id,
+            training_id=bench.spec.training_id,
             step=chosen.step,
-            checkpoint=chosen.checkpoint,
+            checkpoint=chosen.manifest,
             teacher=self._reference_parts(bench, "test"),
             model=self._rows_parts(bench, chosen.step, "test"),
             answers=self._answers_part(bench, chosen.step),
@@ -376,6 +385,12 @@ class Evaluation:
 
     def _tokenizer(self, spec: ResolvedSpec) -> ChatTokenizer:
         return self._written.get(spec.tokenizer, ChatTokenizer)
+
+    def _weights(self, entry: Published) -> str:
+        """The digest of a checkpoint's weights: a step that was saved again after damage has
+        another manifest and the same bits."""
+        manifest = self._written.get(entry.manifest, CheckpointManifest)
+        return weights_of(manifest).sha256
 
     def _part_key(self, bench: Bench, step: int, part: Part) -> str:
         return artifacts.report_part_key(bench.tenant, bench.spec.training_id, step, part.number)

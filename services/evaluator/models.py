@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,13 @@ import torch
 
 from services.evaluator.reasons import CHECKPOINT_INCOMPLETE
 from services.evaluator.suite import Row
-from stillhouse.chassis.errors import PermanentError
-from stillhouse.chassis.model_folder import WEIGHTS_REFUSED, check_model_folder, resolve_reference
+from stillhouse.chassis.errors import PermanentError, RetryableError
+from stillhouse.chassis.model_folder import (
+    WEIGHTS_REFUSED,
+    check_model_folder,
+    resolve_reference,
+    stage,
+)
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.trainings import CheckpointManifest
@@ -45,7 +51,7 @@ def prepare_torch(threads: int) -> None:
 
 def open_folder(folder: Path, device: str) -> Any:
     """Load a causal language model in float32. Raises PermanentError where the weights do not
-    fit their config exactly."""
+    fit their config exactly. The folder is this service's own, or a staged one."""
     check_model_folder(folder)
     from transformers import AutoModelForCausalLM
 
@@ -53,12 +59,15 @@ def open_folder(folder: Path, device: str) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
+            attn_implementation="sdpa",
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except FileNotFoundError as error:
+        raise RetryableError(f"{folder} went away while it was opened: {error}") from error
+    except Exception as error:  # what a damaged file raises is not documented
         raise PermanentError(
             f"{folder} does not load as a model: {error}", reason=WEIGHTS_REFUSED
         ) from error
@@ -78,6 +87,7 @@ class Models:
         self, store: ObjectStore, *, work_dir: Path, roots: Sequence[Path], device: str
     ) -> None:
         self._store = store
+        self._work_dir = work_dir
         self._folder = work_dir / "checkpoints"
         self._roots = roots
         self._device = device
@@ -89,7 +99,11 @@ class Models:
         if self._reference is None or self._reference[0] != reference:
             self._reference = None  # free the old one first
             folder = resolve_reference(reference, self._roots)
-            self._reference = (reference, open_folder(folder, self._device))
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._work_dir) as scratch:
+                staged = Path(scratch) / "reference"
+                stage(folder, staged)
+                self._reference = (reference, open_folder(staged, self._device))
         return self._reference[1]
 
     def checkpoint(self, manifest: ObjectRef) -> Any:
@@ -102,16 +116,13 @@ class Models:
 
     def fetch(self, manifest: ObjectRef) -> Path:
         """Copy a checkpoint's model to disk, unless an intact copy is there."""
-        files = self._store.get_model(manifest, CheckpointManifest).files
-        if missing := [name for name in FILES if name not in files]:
-            raise PermanentError(
-                f"{manifest.key} names no {', '.join(missing)}", reason=CHECKPOINT_INCOMPLETE
-            )
+        said = self._store.get_model(manifest, CheckpointManifest)
         folder = self._folder / manifest.sha256[:32]
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if not _intact(folder / name, files[name]):
-                self._store.get_file(files[name], folder / name)
+            ref = _file(said, name)
+            if not _intact(folder / name, ref):
+                self._store.get_file(ref, folder / name)
         os.utime(folder)
         self._sweep()
         return folder
@@ -120,6 +131,19 @@ class Models:
         folders = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime)
         for folder in folders[:-FOLDERS_KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def weights_of(manifest: CheckpointManifest) -> ObjectRef:
+    return _file(manifest, "model.safetensors")
+
+
+def _file(manifest: CheckpointManifest, name: str) -> ObjectRef:
+    if name not in manifest.files:
+        raise PermanentError(
+            f"the checkpoint of step {manifest.step} names no {name}",
+            reason=CHECKPOINT_INCOMPLETE,
+        )
+    return manifest.files[name]
 
 
 def _intact(path: Path, ref: ObjectRef) -> bool:

@@ -23,7 +23,7 @@ from stillhouse.contracts.trainings import Figures, Report, SamplePair
 
 class RowsPart(Record):
     """What one model scored on a range of rows. `subject` is the digest of the checkpoint's
-    manifest, or the reference as the spec names it."""
+    weights, or the reference as the spec names it."""
 
     subject: str
     heldout_sha256: Sha256
@@ -60,10 +60,16 @@ def row_figures(suite: Suite, split: Split, parts: Sequence[RowsPart]) -> Figure
     planned = [part for part in suite.of_split(split) if part.kind == "rows"]
     found = [(part.part, part.start, part.stop, part.heldout_sha256) for part in parts]
     expected = [(p.number, p.start, p.stop, suite.heldout_ref.sha256) for p in planned]
-    if found != expected or len({part.subject for part in parts}) > 1:
+    if len({part.subject for part in parts}) > 1:
         raise PermanentError(
-            f"the stored parts of a report are {found[:3]}..., expected {expected[:3]}... of one "
-            "model: EVALUATOR_ROWS_PER_PART must stay what it was when the dataset's evaluation "
+            "the stored parts of a report are of several models: a step was saved again with "
+            "other bits; post the pipeline anew",
+            reason=REPORT_PARTS_DISAGREE,
+        )
+    if found != expected:
+        raise PermanentError(
+            f"the stored parts of a report are {found[:3]}..., expected {expected[:3]}...: "
+            "EVALUATOR_ROWS_PER_PART must stay what it was when the dataset's evaluation "
             "began",
             reason=REPORT_PARTS_DISAGREE,
         )

@@ -24,10 +24,10 @@ class EvaluatorSettings(ServiceSettings):
         16, ge=1, le=1024, description="held-out rows in one job and one part of a report"
     )
     generate_tokens: int = Field(
-        128, ge=1, le=8192, description="longest answer that is sampled; the spec may say less"
+        64, ge=1, le=8192, description="longest answer that is sampled; the spec may say less"
     )
     stop_rate_prompts: int = Field(
-        12, ge=0, le=4096, description="test prompts answered to see whether answers end"
+        8, ge=0, le=4096, description="test prompts answered to see whether answers end"
     )
     generate_batch: int = Field(32, ge=1, le=1024, description="answers sampled at once")
     chunk_positions: int = Field(

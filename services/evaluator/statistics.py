@@ -84,7 +84,10 @@ def stop_figures(stopped: Sequence[bool]) -> tuple[float | None, tuple[float, fl
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count)
     half *= math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return share, (max(0.0, middle - half), min(1.0, middle + half))
+    # Exact at the ends, where rounding leaves 1e-17.
+    low = 0.0 if share == 0 else middle - half
+    high = 1.0 if share == 1 else middle + half
+    return share, (low, high)
 
 
 def _exp(loss: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,45 @@ _LIMITS = {
     "num_attention_heads": 1024,
 }
 _MAX_JSON_BYTES = 64 << 20
+
+# All that the config classes of these architectures read. Other fields are left out before
+# transformers sees the config: some name code or kernels to fetch.
+CONFIG_FIELDS = frozenset(
+    {
+        "architectures",
+        "attention_bias",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "pretraining_tp",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+_INDEX = "model.safetensors.index.json"
 
 FOLDER_REFUSED = "model_folder_refused"
 FOLDER_MISSING = "model_folder_missing"
@@ -157,6 +197,33 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
     check_config(config)
     weight_files(folder)
     return config
+
+
+def stage(folder: Path, scratch: Path) -> None:
+    """Lay out in `scratch` what may be loaded: the config's known fields, links to the
+    safetensors, and their index where there is one. Raises PermanentError."""
+    config = check_model_folder(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    known = {name: config[name] for name in sorted(config.keys() & CONFIG_FIELDS)}
+    (scratch / "config.json").write_text(json.dumps(known))
+    for path in weight_files(folder):
+        (scratch / path.name).symlink_to(path.resolve())
+    if (folder / _INDEX).exists():
+        (scratch / _INDEX).write_text(json.dumps(_checked_index(folder)))
+
+
+def _checked_index(folder: Path) -> dict[str, Any]:
+    """An index may name files of its own folder only."""
+    index = read_json(folder, _INDEX)
+    named = index.get("weight_map")
+    files = set(map(str, named.values())) if isinstance(named, dict) else {""}
+    if wrong := sorted(name for name in files if not name or Path(name).name != name):
+        raise PermanentError(
+            f"{folder / _INDEX} names {wrong[:3]}: expected files beside it",
+            reason=WEIGHTS_REFUSED,
+        )
+    return index
 
 
 def _below(path: Path, roots: Sequence[Path]) -> bool:

@@ -105,6 +105,29 @@ def test_a_config_that_is_not_json_is_refused(root: Path) -> None:
         m.check_model_folder(root / "tiny")
 
 
+def test_what_is_loaded_is_the_known_part_of_a_folder(root: Path) -> None:
+    """Fields that name code or kernels, and files that are no tensors, stay outside."""
+    folder, scratch = root / "tiny", root.parent / "scratch"
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"_attn_implementation": "a/kernel"}))
+    (folder / "modeling.py").write_text("")
+    for _ in range(2):
+        m.stage(folder, scratch)
+    assert sorted(path.name for path in scratch.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((scratch / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "", 7])
+def test_an_index_names_files_beside_it_only(root: Path, name: object) -> None:
+    folder, scratch = root / "tiny", root.parent / "scratch"
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    m.stage(folder, scratch)
+    assert (scratch / index.name).exists()
+    index.write_text(json.dumps({"weight_map": {"a": name} if name != 7 else [name]}))
+    with pytest.raises(PermanentError, match="files beside it"):
+        m.stage(folder, scratch)
+
+
 def test_roots_are_parted_like_a_path_variable() -> None:
     assert m.parse_roots("/a:/b") == (Path("/a"), Path("/b"))
     assert m.parse_roots("") == ()

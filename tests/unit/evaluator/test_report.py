@@ -63,7 +63,7 @@ def test_parts_of_another_cut_or_model_are_refused() -> None:
         [_parts()[0].model_copy(update={"stop": 3}), *_parts()[1:]],
         [_parts()[0].model_copy(update={"heldout_sha256": "b" * 64}), *_parts()[1:]],
     ):
-        with pytest.raises(PermanentError, match="ROWS_PER_PART"):
+        with pytest.raises(PermanentError, match="stored parts of a report"):
             row_figures(SUITE, "validation", wrong)
 
 

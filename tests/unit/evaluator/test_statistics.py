@@ -75,4 +75,7 @@ def test_a_share_has_wilsons_interval() -> None:
     assert share == 0.8
     assert bounds == pytest.approx((0.490, 0.943), abs=0.001)
     assert stop_figures([]) == (None, None)
+    none = stop_figures([False] * 12)[1]
+    assert none is not None
+    assert none[0] == 0.0
     assert stop_figures([True] * 5)[1] == pytest.approx((0.566, 1.0), abs=0.001)
