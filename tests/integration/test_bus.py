@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
-from kombu import Connection
 
 from stillhouse.chassis import bus
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts import events as e
 from stillhouse.contracts.envelope import Envelope, seal
-from stillhouse.contracts.flow import BUILDER, EVALUATOR, GATEWAY, SERVICES, TRAINER, Service
+from stillhouse.contracts.flow import BUILDER, EVALUATOR, GATEWAY, SERVICES, TRAINER
+from tests.support.dead_letters import dead_letters, put_raw
 from tests.support.parts import RestartableValkey
 from tests.support.proxy import proxy
 from tests.support.recording_service import ref, stored
@@ -40,22 +39,6 @@ def shard(batch: int) -> Envelope:
         supervised_tokens=9,
     )
     return seal(event, tenant_id="t-1", pipeline_id="pl-1")
-
-
-def put_raw(url: str, queue: str, body: bytes, **properties: Any) -> None:
-    with Connection(url) as connection, connection.Producer() as producer:
-        chosen = {"content_type": "application/json", "content_encoding": "utf-8", **properties}
-        producer.publish(body, exchange="", routing_key=queue, delivery_mode=2, **chosen)
-
-
-def dead_letters(url: str, service: Service) -> list[tuple[bytes, str]]:
-    """Bodies and reasons on a service's dead queue, taken from it."""
-    found = []
-    with bus.connect(url, service) as connection, connection.channel() as channel:
-        while message := bus.dead_queue(service, url)(channel).get(no_ack=True):
-            body = message.body if isinstance(message.body, bytes) else message.body.encode()
-            found.append((body, message.headers.get("reason", "")))
-    return found
 
 
 def test_an_event_reaches_the_services_that_the_flow_lists_and_no_other(broker_url: str) -> None:

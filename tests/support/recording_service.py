@@ -4,7 +4,7 @@ It stands in for the dataset builder on its queues. What a `response_batch.store
 its batch number (see `Batch`), and every handler call and job leaves a line in the records.
 
     with recording_worker(broker_url, tmp_path) as worker:
-        publisher.publish(stored(7))
+        worker.publish(7)
         wait_for(lambda: worker.done(7), 20, "the job ran")
 """
 
@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 import httpx
 from prometheus_client import Counter
 
-from stillhouse.chassis import logs
+from stillhouse.chassis import bus, logs
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.jobs import Job, ServiceShell, Timeouts, run_worker
 from stillhouse.chassis.settings import ServiceSettings
 from stillhouse.contracts import events as e
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.envelope import Envelope, seal
-from stillhouse.contracts.flow import BUILDER
+from stillhouse.contracts.flow import BUILDER, GATEWAY
 from stillhouse.embedded.ports import free_ports
 from stillhouse.embedded.process import base_environment, kill_group, spawn
 from tests.support.waiting import wait_for
@@ -86,7 +86,7 @@ def write(path: Path, **line: Any) -> None:
 def make_shell(settings: Settings, records: Path, timeouts: Timeouts) -> ServiceShell:
     def on_event(envelope: Envelope, event: e.Event) -> list[Job]:
         batch = getattr(event, "batch", -1)
-        write(records, what="event", type=envelope.type, batch=batch)
+        write(records, what="event", pipeline=envelope.pipeline_id, batch=batch)
         HANDLED.labels(SERVICE).inc()
         if batch == Batch.HANDLER_KEY_ERROR:
             raise KeyError("a mistake in a handler")
@@ -98,7 +98,7 @@ def make_shell(settings: Settings, records: Path, timeouts: Timeouts) -> Service
 
     def record(job: Job, context: str) -> None:
         batch = int(job.args["batch"])
-        write(records, what="start", batch=batch, context=context)
+        write(records, what="start", pipeline=job.pipeline_id, batch=batch, context=context)
         if batch == Batch.RETRYABLE:
             raise RetryableError("the store was away")
         if batch == Batch.PERMANENT:
@@ -110,7 +110,7 @@ def make_shell(settings: Settings, records: Path, timeouts: Timeouts) -> Service
         if batch >= Batch.SLEEPS:
             time.sleep((batch - Batch.SLEEPS) / 10)
         JOBS_DONE.labels(SERVICE).inc()
-        write(records, what="end", batch=batch)
+        write(records, what="end", pipeline=job.pipeline_id, batch=batch)
 
     consumed = (e.PipelineAccepted, e.ResponseBatchStored, e.ResponsesCompleted, e.PipelineStopped)
     return ServiceShell(
@@ -124,14 +124,21 @@ def make_shell(settings: Settings, records: Path, timeouts: Timeouts) -> Service
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Worker:
-    """A running worker, its main process and its records."""
+    """A running worker, its main process and its records of one pipeline."""
 
+    broker_url: str
     process: subprocess.Popen[bytes]
     records: Path
-    log: Path
     metrics_url: str
+    pipeline: str = "pl-1"
+
+    def publish(self, *batches: int) -> None:
+        """Publish a `response_batch.stored` for each batch, as the gateway does."""
+        bus.Publisher(GATEWAY, self.broker_url).publish(
+            *(stored(batch, self.pipeline) for batch in batches)
+        )
 
     def lines(self, what: str, batch: int | None = None) -> list[dict[str, Any]]:
         if not self.records.exists():
@@ -140,7 +147,9 @@ class Worker:
         return [
             line
             for line in found
-            if line["what"] == what and (batch is None or line["batch"] == batch)
+            if line["what"] == what
+            and line["pipeline"] == self.pipeline
+            and (batch is None or line["batch"] == batch)
         ]
 
     def done(self, batch: int) -> int:
@@ -185,7 +194,7 @@ def recording_worker(
         log=log,
         cwd=Path(__file__).parents[2],
     )
-    worker = Worker(process, folder / "records.jsonl", log, f"http://127.0.0.1:{port}")
+    worker = Worker(broker_url, process, folder / "records.jsonl", f"http://127.0.0.1:{port}")
     try:
         wait_for(worker.healthy, 30, f"the worker serves /healthz; its log is {log}")
         yield worker
