@@ -20,6 +20,9 @@ from stillhouse.contracts import artifacts
 from stillhouse.contracts.spec import Training
 from stillhouse.contracts.trainings import Environment, Plan
 
+# On a CPU more would only add padding and memory: matrices of 500 rows are as fast as larger ones.
+MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+
 
 def decay_steps(training: Training, steps_so_far: int) -> int:
     """Steps of the decay pass: a share of the steps before it, rounded up."""
@@ -90,7 +93,8 @@ def settle_plan(
     """Write the plan; where one is there already, that one holds."""
     plan = Plan(
         training_id=training,
-        micro_batch_tokens=settings.micro_batch_tokens,
+        micro_batch_tokens=settings.micro_batch_tokens
+        or MICRO_BATCH_TOKENS["cpu" if here.device == "cpu" else "cuda"],
         environment=here,
         layers_kept=layers_kept,
         block_influence=block_influence,

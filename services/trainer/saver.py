@@ -53,7 +53,9 @@ class Saver:
             # These bits are in the store already: HEAD becomes the last checkpoint.
             head = self._hold.lease.state.head
             assert head is not None
-            self._upload = self._thread.submit(self._publish, session, head, kind, self.gpu_seconds)
+            self._upload = self._thread.submit(
+                self._publish, session, head, kind, session.cursor.tokens, self.gpu_seconds
+            )
             return
         snapshot = checkpoint.write_snapshot(
             self._hold.tools.scratch / "save",
@@ -120,15 +122,20 @@ class Saver:
             )
         )
         shutil.rmtree(snapshot.folder, ignore_errors=True)
-        self._publish(session, head, kind, gpu_seconds)
+        self._publish(session, head, kind, snapshot.cursor.tokens, gpu_seconds)
         self._saved_at, self.seconds = time.monotonic(), time.monotonic() - started
         metrics.saved(hold.pipeline, kind, self.seconds)
         log.info("saved", step=head.step, kind=kind, seconds=round(self.seconds, 2))
 
-    def _publish(self, session: Session, head: Head, kind: Kind, gpu_seconds: float) -> None:
-        """Move HEAD; tell, where others are to know; collect what nobody needs any more."""
+    def _publish(
+        self, session: Session, head: Head, kind: Kind, tokens: int, gpu_seconds: float
+    ) -> None:
+        """Move HEAD; tell, where others are to know; collect what nobody needs any more.
+
+        The session is steps ahead by now: of it only `ref` and `saved_step` are touched.
+        """
         hold, store = self._hold, self._hold.tools.store
-        tokens, seconds = session.cursor.tokens, round(gpu_seconds, 3)
+        seconds = round(gpu_seconds, 3)
         published = [e for e in hold.lease.state.published if e.step < head.step]
         if kind != "resume":
             published.append(

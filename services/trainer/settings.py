@@ -27,11 +27,11 @@ class TrainerSettings(ServiceSettings):
     file_roots: str = Field(
         "", description="folders below which `file:` weights may lie, parted as in PATH"
     )
-    micro_batch_tokens: int = Field(
-        2048,
+    micro_batch_tokens: int | None = Field(
+        None,
         ge=1,
-        description="tokens, padding included, that go through the student at once; it is stored "
-        "in the plan of a training before step 0",
+        description="tokens, padding included, that go through the student at once; stored in the "
+        "plan of a training before step 0; none: 512 on a CPU, 8192 on a GPU",
     )
     segment_seconds: float | None = Field(
         None, gt=0, description="training between two looks at queue and stop; none: the profile's"
