@@ -33,7 +33,7 @@ from services.teacher_gateway.stop import (
     finish_stopping,
     mark_stopping,
 )
-from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.logs import logger
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
@@ -149,7 +149,7 @@ def _shard_written(
             reason="items_do_not_add_up",
         )
     pipeline.rows += event.rows
-    _advance(pipeline, "build", "running")
+    _advance(pipeline, "build", "done" if _built(session, pipeline) else "running")
 
 
 def _end(
@@ -179,10 +179,24 @@ def _heldout_sealed(
 
 
 def _dataset_sealed(
-    _: Session, pipeline: Pipeline, __: Envelope, event: DatasetSealed, ___: Fetched
+    session: Session, pipeline: Pipeline, _: Envelope, event: DatasetSealed, __: Fetched
 ) -> None:
     if event.dataset_id == pipeline.dataset_id:
-        _advance(pipeline, "build", "done")
+        _advance(pipeline, "build", "done" if _built(session, pipeline) else "running")
+
+
+def _built(session: Session, pipeline: Pipeline) -> bool:
+    """Whether the dataset is sealed and every item has its row or its rejection: a lost
+    `shard.written` keeps the stage open, so that re-drive brings it again."""
+    sealed = select(History.sequence).where(
+        History.pipeline_id == pipeline.pipeline_id, History.type == DatasetSealed.TYPE
+    )
+    if session.execute(sealed).first() is None:
+        return False
+    unended = select(Item.item_id).where(
+        Item.pipeline_id == pipeline.pipeline_id, Item.outcome.in_(("pending", "answered"))
+    )
+    return session.execute(unended.limit(1)).first() is None
 
 
 def _trained(
@@ -223,6 +237,11 @@ def _student_evaluated(
     _: StudentEvaluated,
     fetched: Fetched,
 ) -> None:
+    if pipeline.build != "done":
+        raise RetryableError(
+            "a student came before all shards of its dataset were recorded: re-drive brings the "
+            "shards, then the student again"
+        )
     assert fetched.release is not None, "the decision was written before this transaction"
     release, ref = fetched.release
     _advance(pipeline, "evaluate", "done")

@@ -14,7 +14,7 @@ from services.teacher_gateway.models import Batch, History, Item, Outbox, Pipeli
 from services.teacher_gateway.outbox import relay
 from services.teacher_gateway.record import cancel_pipeline, record_event
 from services.teacher_gateway.stop import finish_stopping
-from stillhouse.chassis.errors import StoreUnavailable
+from stillhouse.chassis.errors import RetryableError, StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.artifacts import ObjectRef
@@ -111,11 +111,40 @@ def test_training_figures_only_grow(world: World) -> None:
     tell(world, done)
     tell(world, saved(5, 1.0))  # late: a done stage stays done
     assert world.pipeline().train == "done"
+
+
+def test_the_build_is_done_once_sealed_with_every_shard_recorded(world: World) -> None:
+    shards = [shard_of(world, batch) for batch in range(3)]
+    record_event(world.context, shard_written(world.resolved, shards[0]))
+    record_event(world.context, shard_written(world.resolved, shards[2]))
+    seal_dataset(world)
+    assert world.pipeline().build == "running"
+    # The one whose message was lost comes again by re-drive.
+    record_event(world.context, shard_written(world.resolved, shards[1]))
+    assert world.pipeline().build == "done"
+
+
+def test_a_student_that_comes_before_a_lost_shard_waits_for_it(world: World) -> None:
+    shards = [shard_of(world, batch) for batch in range(3)]
+    for shard in shards[:2]:
+        record_event(world.context, shard_written(world.resolved, shard))
+    seal_dataset(world)
+    event = evaluated(world)
+    with pytest.raises(RetryableError, match="before all shards"):
+        tell(world, event)
+    assert "student.evaluated" not in world.history()
+    assert world.pipeline().state == "running"
+    record_event(world.context, shard_written(world.resolved, shards[2]))
+    tell(world, event)
+    assert world.pipeline().state == "released"
+    assert world.pipeline().rows == 24
+
+
+def seal_dataset(world: World) -> None:
     tell(
         world,
         DatasetSealed(dataset_id=world.resolved.dataset_id, dataset=REF, shards=3, rows=24),
     )
-    assert world.pipeline().build == "done"
 
 
 def test_an_event_of_another_tenant_changes_nothing(world: World) -> None:
@@ -126,8 +155,8 @@ def test_an_event_of_another_tenant_changes_nothing(world: World) -> None:
     assert "stage.failed" not in world.history()
 
 
-@pytest.mark.parametrize("good", [True, False])
-def test_a_student_is_released_or_withheld_once(world: World, good: bool) -> None:
+def evaluated(world: World, *, good: bool = True) -> StudentEvaluated:
+    """A student folder and its report in the store."""
     resolved, store = world.resolved, world.context.store
     manifest = store.put_new_model(
         artifacts.student_manifest_key(resolved.tenant_id, resolved.student_id),
@@ -152,14 +181,22 @@ def test_a_student_is_released_or_withheld_once(world: World, good: bool) -> Non
             model=Figures(kl_top20=0.5, ppl=3.0),
         ),
     )
-    event = StudentEvaluated(
+    return StudentEvaluated(
         student_id=resolved.student_id,
         training_id=resolved.training_id,
         step=4,
         manifest=manifest,
         report=report,
     )
-    tell(world, event)
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_student_is_released_or_withheld_once(world: World, good: bool) -> None:
+    resolved, store = world.resolved, world.context.store
+    for batch in range(3):
+        record_event(world.context, shard_written(resolved, shard_of(world, batch)))
+    seal_dataset(world)
+    tell(world, evaluated(world, good=good))
     outcome = "released" if good else "withheld"
     assert world.pipeline().state == outcome
     assert world.pipeline().release == "done"
