@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from stillhouse.chassis.storage import ObjectStore
@@ -14,6 +15,10 @@ from stillhouse.embedded import parts as embedded
 from stillhouse.embedded.parts import Store
 from tests.support import parts
 from tests.support.shards import store_of
+
+# A loaded machine must not fail a property.
+hypothesis.settings.register_profile("stillhouse", deadline=None)
+hypothesis.settings.load_profile("stillhouse")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from stillhouse.contracts.canonical import derived_id
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
+# Used with fullmatch: `$` alone lets a trailing newline pass.
 _ID = re.compile(ID_PATTERN)
 _SHA256 = re.compile(SHA256_PATTERN)
 
@@ -27,13 +28,13 @@ class ObjectRef(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    key: str = Field(max_length=512)
+    key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9/._-]*$", max_length=512)]
     size: int = Field(ge=0)
     sha256: Sha256
 
 
 def _id(value: str) -> str:
-    if not _ID.match(value):
+    if not _ID.fullmatch(value):
         raise ValueError(f"not an id (expected {ID_PATTERN}): {value!r}")
     return value
 
@@ -68,7 +69,7 @@ def pipeline_prefix(tenant: str, pipeline: str) -> str:
 
 
 def upload_key(tenant: str, sha256: str) -> str:
-    if not _SHA256.match(sha256):
+    if not _SHA256.fullmatch(sha256):
         raise ValueError(f"not a SHA-256 in hex: {sha256!r}")
     return f"tenants/{_id(tenant)}/uploads/{sha256}"
 
@@ -207,7 +208,7 @@ _STUDENT_FILE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,100}$")
 
 
 def student_file_key(tenant: str, student: str, name: str) -> str:
-    if not _STUDENT_FILE.match(name):
+    if not _STUDENT_FILE.fullmatch(name):
         raise ValueError(f"not the name of a file of a student folder: {name!r}")
     return f"{student_prefix(tenant, student)}/{name}"
 

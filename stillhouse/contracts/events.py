@@ -7,14 +7,18 @@ are added and readers ignore unknown ones; a break is a new type beside the old 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import json
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from stillhouse.contracts.artifacts import Id, ObjectRef
 
 Split = Literal["train", "validation", "test"]
 Stage = Literal["collect", "build", "train", "evaluate", "release"]
+
+FigureName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
+MAX_DETAIL_BYTES = 2000  # as JSON, where a control character takes six
 
 STAGES: tuple[Stage, ...] = ("collect", "build", "train", "evaluate", "release")
 
@@ -174,7 +178,7 @@ class StageProgressed(Event):
     TYPE = "stage.progressed"
 
     stage: Stage
-    figures: dict[str, float] = Field(default_factory=dict, max_length=16)
+    figures: dict[FigureName, float] = Field(default_factory=dict, max_length=16)
 
 
 class StageFailed(Event):
@@ -184,8 +188,20 @@ class StageFailed(Event):
 
     stage: Stage
     reason: str = Field(max_length=64, pattern=r"^[a-z0-9_]+$")
-    detail: str = Field(max_length=1000)
+    detail: str = Field(max_length=1000, description="for people; a longer text is cut")
     fatal: bool
+
+    @field_validator("detail", mode="before")
+    @classmethod
+    def _fits(cls, detail: object) -> object:
+        """Cut what is too long: the report of an error must not fail on the error's text."""
+        if not isinstance(detail, str):
+            return detail
+        # Lone surrogates, as broken bytes in a message become, have no UTF-8.
+        detail = detail[:1000].encode(errors="replace").decode()
+        while len(json.dumps(detail, ensure_ascii=False).encode()) > MAX_DETAIL_BYTES:
+            detail = detail[: len(detail) * 3 // 4]
+        return detail
 
 
 EVENTS: dict[str, type[Event]] = {
