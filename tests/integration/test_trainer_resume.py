@@ -208,11 +208,11 @@ def test_a_training_killed_at_every_step_ends_in_the_same_bits(
     while not kills or not state_of(bench.store, resolved).done:
         try:
             # Dies in the step after the next one, so each life gets one step further.
-            with killing(monkeypatch, "trainer.backward", 2):
+            with killing(monkeypatch, "trainer.optimizer", 2):
                 bench.run(*wakes, **EVERY_STEP)
         except Killed:
             kills += 1
-        assert kills < 100
+        assert not state_of(bench.store, resolved).failed
     assert kills >= len(undisturbed[1].ledger) - 2
     assert_same(bench, resolved, undisturbed)
     lineage = lineage_of(bench.store, resolved)

@@ -96,7 +96,11 @@ class Bench:
         """A fresh trainer that works off these wake-ups."""
         self.wire.queue.extend(wakes)
         trainer = self.trainer(**changed)
-        self.drain(trainer)
+        try:
+            self.drain(trainer)
+        except Killed:
+            trainer._announcer.close(1)  # its thread would outlive it here
+            raise
         return trainer
 
 
