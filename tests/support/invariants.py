@@ -94,6 +94,9 @@ def check_money(left: Left, charges: dict[str, Any], invoices: list[Invoice]) ->
     by_request = {invoice.request_id: invoice for invoice in invoices}
     ids = [json.loads(answer.body)["id"] for answer in left.answers]
     assert len(ids) == len(set(ids)), "one answer is stored twice"
+    assert len({answer.item_id for answer in left.answers}) == len(ids), "an item was paid twice"
+    for answer, request in zip(left.answers, ids, strict=True):
+        assert answer.cost_microusd == by_request[request].microusd, answer.item_id
     for_stored = sum(by_request[request].microusd for request in ids)
     totals = charges["totals_microusd"]
     assert totals["answers"] == for_stored
@@ -112,6 +115,8 @@ def check_training(store: ObjectStore, left: Left) -> CheckpointManifest:
     assert state[0].done
     last = state[0].published[-1]
     manifest = store.get_model(last.manifest, CheckpointManifest)
+    for ref in manifest.files.values():
+        store.get(ref)  # checks its digest
     cursor = store.get_model(manifest.files["cursor.json"], Cursor)
     assert [entry.step for entry in cursor.ledger] == list(range(1, manifest.step + 1))
     train = {entry.batch for entry in left.dataset.shards if entry.split == "train"}

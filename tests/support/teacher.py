@@ -39,6 +39,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -228,8 +229,10 @@ class Prices:
     output: float = 2.0
 
     def microusd(self, prompt_tokens: int, completion_tokens: int) -> int:
-        # Rounded first: 0.1 * 30 must not become 4.
-        return math.ceil(round(self.input * prompt_tokens + self.output * completion_tokens, 6))
+        # Exact: 0.1 * 30 must not become 4.
+        exact = Fraction(str(self.input)) * prompt_tokens
+        exact += Fraction(str(self.output)) * completion_tokens
+        return math.ceil(exact)
 
 
 @dataclass(frozen=True)
