@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +14,14 @@ from tests.support.pipelines import TENANT, Plant, running_plant, train_undistur
 SECONDS = 240
 
 
-@pytest.fixture
-def plant(tmp_path: Path):
+def closed(count: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda status: bool(status["batches_closed"] >= count)
+
+
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     # Slow enough that every kill meets work: 12 batches of 8 answers, two at a time.
-    with running_plant(tmp_path, latency=0.25) as running:
+    with running_plant(tmp_path_factory.mktemp("plant"), latency=0.25) as running:
         yield running
 
 
@@ -24,10 +30,7 @@ def plant(tmp_path: Path):
 def test_a_pipeline_whose_every_process_is_killed_once_ends_as_if_undisturbed(
     plant: Plant, tmp_path: Path
 ) -> None:
-    pipeline = plant.submit(items=96)
-
-    def closed(count: int):
-        return lambda status: status["batches_closed"] >= count
+    pipeline = plant.submit(name="killed", items=96)
 
     def kill_after(count: int, name: str) -> None:
         plant.wait(pipeline, f"{count} closed batches", closed(count), SECONDS)
@@ -62,11 +65,10 @@ def test_a_pipeline_whose_every_process_is_killed_once_ends_as_if_undisturbed(
     left = invariants.read_all(plant.store, TENANT, pipeline, events)
     assert len(left.items) == 96
     assert status["rows"] + sum(status["rejections"].values()) == status["items"] == 96
-    invoices = plant.teacher.invoices()
+    invoices = plant.invoices("killed")
     invariants.check_items(left)
     invariants.check_content(left, invoices)
-    charges = plant.client._json("GET", f"/v1/pipelines/{pipeline}/charges")
-    invariants.check_money(left, charges, invoices)
+    invariants.check_money(left, plant.charges(pipeline), invoices)
     killed = invariants.check_training(plant.store, left)
     assert killed.epoch > 1, "the trainer was not holding the training when it was killed"
     undisturbed = train_undisturbed(plant, left.resolved, tmp_path / "again")
@@ -75,3 +77,30 @@ def test_a_pipeline_whose_every_process_is_killed_once_ends_as_if_undisturbed(
     assert invariants.ledger_digest(plant.store, undisturbed) == invariants.ledger_digest(
         plant.store, killed
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_two_pipelines_at_once_one_is_cancelled_and_the_other_released(plant: Plant) -> None:
+    kept = plant.submit(name="kept", items=40)
+    dropped = plant.submit(name="dropped", items=96)
+    plant.wait(dropped, "a closed batch", closed(1), SECONDS)
+    plant.client.cancel(dropped)
+
+    ended = plant.wait(kept, "release", lambda status: bool(status["state"] == "released"), SECONDS)
+    cancelled = plant.client.wait(dropped, timeout_seconds=60)
+
+    assert cancelled["state"] == "cancelled"
+    assert cancelled["cost"]["reserved_microusd"] == 0
+    totals = plant.charges(dropped)["totals_microusd"]
+    assert sum(totals.values()) >= sum(i.microusd for i in plant.invoices("dropped")) > 0
+    assert "pipeline.stopped" in [event["type"] for event in plant.events(dropped)]
+    # Nothing more is asked for it.
+    asked = len(plant.invoices("dropped"))
+    assert asked < 96
+    left = invariants.read_all(plant.store, TENANT, kept, plant.events(kept))
+    invariants.check_items(left)
+    invariants.check_money(left, plant.charges(kept), plant.invoices("kept"))
+    invariants.check_training(plant.store, left)
+    assert ended["rows"] + sum(ended["rejections"].values()) == 40
+    assert len(plant.invoices("dropped")) == asked

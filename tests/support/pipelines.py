@@ -22,7 +22,7 @@ from stillhouse.contracts.spec import ResolvedSpec
 from stillhouse.contracts.trainings import CheckpointManifest
 from stillhouse.embedded.stack import StackInfo, StackOptions, read_stack, running_stack
 from tests.support.shards import store_of, tiny_student
-from tests.support.teacher import MODEL, Teacher, running_teacher
+from tests.support.teacher import MODEL, Invoice, Teacher, running_teacher
 from tests.support.trainers import Bench, head_of
 
 TENANT = "default"
@@ -86,6 +86,14 @@ class Plant:
 
     def events(self, pipeline: str) -> list[dict[str, Any]]:
         return list(self.client.events(pipeline))
+
+    def charges(self, pipeline: str) -> dict[str, Any]:
+        """The ledger's first page, with the totals of all its lines."""
+        return self.client._json("GET", f"/v1/pipelines/{pipeline}/charges")
+
+    def invoices(self, name: str) -> list[Invoice]:
+        """What the teacher billed for the prompts of this spec."""
+        return [i for i in self.teacher.invoices() if i.marker.startswith(f"{name} ")]
 
     def kill(self, name: str) -> None:
         """kill -9 of one process with all its children, and wait until the supervisor has put
