@@ -1,8 +1,7 @@
 """The student: where its weights come from, how it loses layers, how it is opened again.
 
 Weights come from a folder that the spec names (checked by `chassis.model_folder`) or from a
-checkpoint. Only safetensors are read and no code of a model is run. A config's fields reach
-transformers through an allow-list: some fields name code or kernels to fetch.
+checkpoint. Only safetensors are read and no code of a model is run.
 
 Pruning keeps the layers that change their input most. Block influence of a layer is one minus the
 mean cosine between what goes in and what comes out, over the tokens of some rendered train
@@ -22,50 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stillhouse.chassis.errors import PermanentError
-from stillhouse.chassis.logs import logger
-from stillhouse.chassis.model_folder import ARCHITECTURES, check_model_folder, resolve_reference
-
-log = logger(__name__)
+from stillhouse.chassis.model_folder import (
+    ARCHITECTURES,
+    CONFIG_FIELDS,
+    resolve_reference,
+    stage,
+)
 
 WEIGHTS_UNREADABLE = "weights_unreadable"
 STUDENT_REFUSED = "student_refused"
 
-# All that the config classes of the known architectures read.
-CONFIG_FIELDS = frozenset(
-    {
-        "architectures",
-        "attention_bias",
-        "attention_dropout",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "max_window_layers",
-        "mlp_bias",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "pad_token_id",
-        "pretraining_tp",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "tie_word_embeddings",
-        "transformers_version",
-        "use_cache",
-        "use_sliding_window",
-        "vocab_size",
-    }
-)
 CALIBRATION_TOKENS = 1024
 
 
@@ -73,36 +38,11 @@ def open_reference(reference: str, roots: Sequence[Path], scratch: Path) -> nn.M
     """Open weights that a spec names. `scratch` takes a folder with the checked config beside
     links to the tensors. Raises PermanentError where they are refused or do not load."""
     folder = resolve_reference(reference, roots)
-    config = check_model_folder(folder)
-    ignored = sorted(config.keys() - CONFIG_FIELDS)
-    if ignored:
-        log.warning("fields of config.json are not used", folder=str(folder), fields=ignored)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        write_json(scratch / "config.json", {k: config[k] for k in config.keys() & CONFIG_FIELDS})
-        for path in folder.glob("*.safetensors"):
-            (scratch / path.name).symlink_to(path.resolve())
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            _check_index(index)
-            shutil.copyfile(index, scratch / index.name)
+        stage(folder, scratch)
         return open_folder(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _check_index(path: Path) -> None:
-    """An index may name files of its own folder only."""
-    try:
-        named = set(json.loads(path.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PermanentError(f"{path} is no index: {error}", reason=WEIGHTS_UNREADABLE) from error
-    for name in named:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise PermanentError(
-                f"{path} names {name!r}: expected files beside it", reason=WEIGHTS_UNREADABLE
-            )
 
 
 def open_folder(folder: Path) -> nn.Module:
