@@ -42,8 +42,8 @@ class Tools:
     settings: TrainerSettings
     store: ObjectStore
     announcer: Announcer
-    # Takes the next wake-up that is work of another pipeline than this; None when there is none.
-    rival: Callable[[str], Envelope | None]
+    # Takes the next wake-up that is work of another pipeline than this (tenant, pipeline).
+    rival: Callable[[tuple[str, str]], Envelope | None]
     beat: Callable[[], None]
     stopping: threading.Event
     device: torch.device

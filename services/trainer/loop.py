@@ -151,6 +151,8 @@ class TrainingRun:
             if self.session is None:
                 self.session = self._open()
                 cursor = self.session.cursor  # an earlier one, where HEAD is damaged
+                # Opening does not count: two trainings that take turns must both get on.
+                end = time.monotonic() + self._tools.times.segment
                 continue
             if isinstance(step, End):
                 self._complete(self.session, step)
@@ -178,7 +180,7 @@ class TrainingRun:
         key = artifacts.stopped_key(self._hold.tenant, self._hold.pipeline)
         if self._hold.persist(lambda: self._tools.store.exists(key)):
             return Outcome.STOPPED
-        self.rival = self._tools.rival(self._hold.pipeline)
+        self.rival = self._tools.rival((self._hold.tenant, self._hold.pipeline))
         if self.rival is None:
             return None
         self._saver.save_unsaved(self.session)

@@ -87,7 +87,7 @@ class Trainer:
         self._hand_on = hand_on
         self.stopping = stopping or threading.Event()
         self._holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._again: dict[str, Again] = {}
+        self._again: dict[tuple[str, str], Again] = {}
         self._warm: Session | None = None
         device = set_up_torch(settings)
         self._tools = Tools(
@@ -128,7 +128,7 @@ class Trainer:
 
     def handle(self, wake: Envelope) -> Envelope | None:
         """Do what a wake-up asks for; return another one to do next, after a hand-over."""
-        earlier = self._again.pop(wake.pipeline_id, None)
+        earlier = self._again.pop(_pipeline(wake), None)
         try:
             work = self.triage(wake)
             return None if work is None else self._train(work, earlier)
@@ -149,7 +149,8 @@ class Trainer:
         log.info("wake-up dropped", type=wake.type, pipeline=wake.pipeline_id, why=judged)
         return None
 
-    def _judge(self, wake: Envelope) -> Work | str:
+    def _judge(self, wake: Envelope, *, sent: bool = True) -> Work | str:
+        """`sent`: the wake-up came from the queue just now, perhaps for the second time."""
         event = wake.event()
         if isinstance(event, PipelineStopped):
             return "stopped"
@@ -169,7 +170,7 @@ class Trainer:
         if stored is None:
             return Work(wake, resolved, None)
         state = TrainingState.model_validate_json(stored.data)
-        if not isinstance(event, ShardWritten):
+        if sent and not isinstance(event, ShardWritten):
             self._say_again(wake, resolved, state)
         if state.failed or state.done:
             return "failed" if state.failed else "done"
@@ -207,13 +208,13 @@ class Trainer:
         )
         return "refused"
 
-    def _rival(self, mine: str) -> Envelope | None:
+    def _rival(self, mine: tuple[str, str]) -> Envelope | None:
         """Empty the queue up to a wake-up that is work of another pipeline than `mine`."""
         while (wake := self._due(mine) or self._next_wake()) is not None:
-            if wake.pipeline_id == mine:
+            if _pipeline(wake) == mine:
                 metrics.WAKE_UPS.labels("own").inc()
                 continue
-            earlier = self._again.pop(wake.pipeline_id, None)
+            earlier = self._again.pop(_pipeline(wake), None)
             try:
                 work = self.triage(wake)
             except RetryableError as error:
@@ -257,7 +258,7 @@ class Trainer:
         log.info("let go", training=resolved.training_id, outcome=outcome.value)
         if outcome is Outcome.STARVED:
             # A wake-up that was dropped while the lease was held may have been the last one.
-            return work.wake if self.triage(work.wake) is not None else None
+            return work.wake if isinstance(self._judge(work.wake, sent=False), Work) else None
         if outcome in (Outcome.TERMINATED, Outcome.HANDED_OVER):
             self._give_back(work.wake)
         elif outcome is Outcome.RETRY:
@@ -282,9 +283,9 @@ class Trainer:
     def _look_again(
         self, wake: Envelope, pause: float, seen: tuple[int, int] | None = None
     ) -> None:
-        self._again[wake.pipeline_id] = Again(time.monotonic() + pause, wake, seen)
+        self._again[_pipeline(wake)] = Again(time.monotonic() + pause, wake, seen)
 
-    def _due(self, mine: str = "") -> Envelope | None:
+    def _due(self, mine: tuple[str, str] = ("", "")) -> Envelope | None:
         for pipeline, again in self._again.items():
             if pipeline != mine and again.due <= time.monotonic():
                 return again.wake
@@ -303,3 +304,7 @@ class Trainer:
             self._hand_on(wake)
         except bus.BrokerUnavailable as error:
             log.warning("a wake-up is lost; re-drive repairs it", type=wake.type, why=str(error))
+
+
+def _pipeline(wake: Envelope) -> tuple[str, str]:
+    return wake.tenant_id, wake.pipeline_id

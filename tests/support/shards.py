@@ -433,9 +433,9 @@ def tiny_student(
         num_key_value_heads=1,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=257,
+        bos_token_id=min(256, vocabulary - 2),
+        eos_token_id=min(257, vocabulary - 1),
+        pad_token_id=min(257, vocabulary - 1),
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
