@@ -14,7 +14,13 @@ import structlog
 
 def setup(service: str, process: str, level: str = "INFO") -> None:
     """Send structlog and the standard library's loggers to standard error as JSON lines."""
+
+    def say_who(_logger: Any, _name: str, line: dict[str, Any]) -> dict[str, Any]:
+        # Not a context variable: other threads would not have it.
+        return {**line, "service": service, "process": process}
+
     shared: list[Any] = [
+        say_who,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -40,7 +46,6 @@ def setup(service: str, process: str, level: str = "INFO") -> None:
     root.setLevel(level)
     for name in ("botocore", "boto3", "urllib3", "amqp", "httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
-    structlog.contextvars.bind_contextvars(service=service, process=process)
 
 
 def logger(name: str) -> Any:
