@@ -56,7 +56,8 @@ check: $(INSTALLED) ## formatting, lint, types, import rules
 	$(BIN)/lint-imports
 
 test: $(INSTALLED) ## all tests: unit, contract, integration, end to end
-	$(BIN)/python -m pytest $(ARGS)
+	@# Most tests wait for real parts, so three files at once suit two cores.
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 demo: $(INSTALLED) ## one real pipeline on this machine, from prompts to a student
 	@$(BIN)/python demo/run.py
