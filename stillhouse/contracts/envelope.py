@@ -60,6 +60,9 @@ class Envelope(BaseModel):
 
     @classmethod
     def decode(cls, data: bytes | str) -> Envelope:
+        """Read a message. Raises ValueError for one that `encode` cannot have made."""
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"a message of {len(data)} bytes, expected at most {MAX_BYTES}")
         return cls.model_validate_json(data)
 
 

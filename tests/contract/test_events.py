@@ -136,6 +136,11 @@ def test_an_envelope_over_the_limit_is_not_encoded() -> None:
         large.encode()
 
 
+def test_a_message_over_the_limit_is_not_read() -> None:
+    with pytest.raises(ValueError, match="expected at most 4096"):
+        Envelope.decode(b" " * MAX_BYTES + sealed(plain_events()[0]).encode())
+
+
 @given(key=st.text(max_size=40))
 def test_a_reference_names_a_plain_key_or_is_refused(key: str) -> None:
     try:
