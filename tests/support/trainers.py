@@ -129,13 +129,15 @@ def know_dead_holders(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_of(store: ObjectStore, resolved: ResolvedSpec) -> TrainingState:
     key = artifacts.training_state_key(resolved.tenant_id, resolved.training_id)
     found = store.find_model(key, TrainingState)
-    assert found is not None, f"{key} is not there"
+    if found is None:
+        raise LookupError(f"{key} is not there")
     return found[0]
 
 
 def head_of(store: ObjectStore, resolved: ResolvedSpec) -> CheckpointManifest:
     head = state_of(store, resolved).head
-    assert head is not None
+    if head is None:
+        raise LookupError("the training has no HEAD")
     return store.get_model(head.manifest, CheckpointManifest)
 
 
