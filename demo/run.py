@@ -23,7 +23,7 @@ from stillhouse.cli import specs, views, watch
 from stillhouse.cli.client import Client, Json, StillhouseClientError, new_key
 from stillhouse.cli.screen import Screen
 from stillhouse.embedded.process import StackError
-from stillhouse.embedded.stack import StackInfo, StackOptions, read_stack, running_stack
+from stillhouse.embedded.stack import StackInfo, StackOptions, is_running, running_stack
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ROOT = HERE.parent / ".stillhouse" / "demo"
@@ -103,11 +103,7 @@ class Demo:
 
     def start_empty(self) -> None:
         """Remove what an earlier demo stored, but for the teacher's weights."""
-        try:
-            read_stack(self.root)
-        except StackError:
-            pass
-        else:
+        if is_running(self.root):
             raise DemoFailedError(f"a demo already runs in {_shown(self.root)}: stop it first")
         if not (self.root / "stack.json").exists():
             return  # no stack ran here, so nothing here is the demo's to remove

@@ -106,10 +106,15 @@ class StackInfo:
         return int(self.processes[name]["pid"])
 
 
+def is_running(root: Path) -> bool:
+    """Say whether a stack runs in `root`, ready or not."""
+    return _is_locked(root / "run" / "lock")
+
+
 def read_stack(root: Path) -> StackInfo:
     """Return the stack that runs in `root`, or say how to start one."""
     root = root.resolve()
-    if not _is_locked(root / "run" / "lock"):
+    if not is_running(root):
         raise StackError(f"no stack runs in {root}: start one with `stillhouse up`")
     try:
         values = json.loads((root / "stack.json").read_text())
