@@ -10,9 +10,10 @@ from stillhouse.chassis.jobs import Timeouts
 from stillhouse.chassis.settings import ServiceSettings
 
 # A worker that died gives its batch back when its job's time is over, so embedded is short. A row
-# of 512 tokens takes about 60 ms at k = 20: 64 such rows 4 s, and 200 of 2,000 tokens 50 s.
+# of 512 tokens takes about 60 ms at k = 20, so the largest batch that a spec may ask for
+# (spec.MAX_BATCH_TOKENS) about 60 s.
 TIMEOUTS: dict[str, Timeouts] = {
-    "embedded": Timeouts(job=30, visibility=100),
+    "embedded": Timeouts(job=120, visibility=400),
     "deployed": Timeouts(job=300, visibility=1000),
 }
 

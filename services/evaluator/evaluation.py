@@ -154,9 +154,10 @@ class Evaluation:
         bench = self._bench(tenant, pipeline)
         if bench is None or not bench.state.done:
             return Next.nothing()
-        reports = self._validation_reports(bench)
-        if reports is None:
-            return Next.nothing()
+        reports, unreported = self._validation_reports(bench)
+        if unreported:
+            # The message of a checkpoint in between may be lost for ever: the state still names it.
+            return Next(jobs=[("evaluate_checkpoint", {"step": step}) for step in unreported])
         spec = bench.spec
         manifest_key = artifacts.student_manifest_key(tenant, spec.student_id)
         if stored := self._store.find_model(manifest_key, StudentManifest):
@@ -309,16 +310,17 @@ class Evaluation:
             events.append(StageProgressed(stage="evaluate", figures=_figures(report)))
         return Next(events=events, jobs=[("evaluate_student", {})], written=written)
 
-    def _validation_reports(self, bench: Bench) -> list[Report] | None:
-        """The reports of all published steps; None while one of them is missing."""
-        reports = []
+    def _validation_reports(self, bench: Bench) -> tuple[list[Report], list[int]]:
+        """The reports of the published steps, and the steps that have none yet."""
+        reports, unreported = [], []
         for step in sorted({entry.step for entry in bench.state.published}):
             key = artifacts.report_key(bench.tenant, bench.spec.training_id, step)
             stored = self._written.find(key, Report)
             if stored is None:
-                return None
-            reports.append(stored[0])
-        return reports or None
+                unreported.append(step)
+            else:
+                reports.append(stored[0])
+        return reports, unreported
 
     def _test_report(self, bench: Bench, chosen: Published) -> Report:
         untrained = bench.published(0) if chosen.step else None

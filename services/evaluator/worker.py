@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from celery import current_task
-from kombu.exceptions import OperationalError
 
 from services.evaluator.handlers import HANDLERS
 from services.evaluator.jobs import JOBS, EvaluatorContext
@@ -39,16 +38,8 @@ def make_context(settings: EvaluatorSettings) -> EvaluatorContext:
     return EvaluatorContext(
         evaluation=Evaluation(store, models, settings),
         publish=bus.Publisher(EVALUATOR, settings.broker_url).publish,
-        enqueue=_enqueue,
+        enqueue=lambda job: jobs.enqueue(current_task.app, job),
     )
-
-
-def _enqueue(job: jobs.Job) -> None:
-    """Put a job on the queue of the worker that runs this one."""
-    try:
-        jobs.enqueue(current_task.app, job)
-    except (OperationalError, OSError) as error:
-        raise bus.BrokerUnavailable(f"the broker did not take a job: {error}") from error
 
 
 def figures_collector(settings: EvaluatorSettings) -> StoredFigures:

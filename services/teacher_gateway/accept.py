@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -166,11 +167,12 @@ def _prepare(
     alive = _beat(context, pipeline_id)
     catalogue = load_catalogue(settings.terms_file)
     verdicts = admit(spec, tenant, settings, catalogue, store)
-    tokenizer = find_tokenizer(spec, settings.file_roots)
+    accepted_on = datetime.fromtimestamp(pipeline.created_at, UTC).date()
+    chat = find_tokenizer(spec, settings.file_roots).chat.on(accepted_on)
 
     def tokens_of(messages: list[Message]) -> int:
         alive()
-        return len(tokenizer.chat.encode_prompt(messages))
+        return len(chat.encode_prompt(messages))
 
     with snapshot(
         spec.prompts.source,
@@ -203,9 +205,9 @@ def _prepare(
         dataset_id=dataset,
         training_id=training,
         student_id=artifacts.student_id(training),
-        tokenizer=_put_tokenizer(context, pipeline, tokenizer.chat.model_dump_json()),
-        tokenizer_sha256=tokenizer.chat.tokenizer_sha256,
-        template_sha256=tokenizer.chat.template_sha256,
+        tokenizer=_put_tokenizer(context, pipeline, chat.model_dump_json()),
+        tokenizer_sha256=chat.tokenizer_sha256,
+        template_sha256=chat.template_sha256,
         verdicts=verdicts,
         batches=planned.numbers,
         items=planned.items,

@@ -4,6 +4,7 @@
     |- RetryableError    the world was in the way (broker, store, time-out): the job ends, its
     |  |                 message is acknowledged, and re-drive sends the input again
     |  `- StoreUnavailable
+    |     `- StoreRefused  wrong or expired keys, wrong clock, no such bucket: operator's
     `- PermanentError    trying again cannot help (bad input, missing artifact, digest mismatch):
        |                 the job publishes `stage.failed` with `fatal`
        |- DigestMismatch
@@ -25,6 +26,11 @@ class RetryableError(StillhouseError):
 
 class StoreUnavailable(RetryableError):
     """The object store did not answer, or answered that it cannot now."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The object store answered that these keys, this clock or this bucket will not do. It is no
+    fault of a pipeline, so the work waits until an operator has mended it."""
 
 
 class PermanentError(StillhouseError):

@@ -41,10 +41,6 @@ class ServiceSettings(BaseModel):
         Path(tempfile.gettempdir()), description="scratch folder; may be lost at any time"
     )
 
-    @property
-    def redis_transport(self) -> bool:
-        return self.broker_url.startswith(("redis", "valkey"))
-
 
 S = TypeVar("S", bound=ServiceSettings)
 

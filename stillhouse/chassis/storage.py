@@ -26,6 +26,7 @@ from stillhouse.chassis.errors import (
     DigestMismatch,
     MissingObject,
     PermanentError,
+    StoreRefused,
     StoreUnavailable,
 )
 from stillhouse.chassis.settings import ServiceSettings
@@ -37,6 +38,7 @@ M = TypeVar("M", bound=BaseModel)
 _LOST = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _BUSY = {"500", "502", "503", "504", "InternalError", "SlowDown", "ServiceUnavailable"}
+_REFUSED = {"NoSuchBucket", "ExpiredToken", "RequestTimeTooSkewed", "InvalidToken"}
 _CHUNK = 1 << 20
 
 
@@ -295,8 +297,14 @@ class ObjectStore:
         """Race conditional writes, and look for the store's clock.
 
         Raises PermanentError when the store ignores conditions or sends no `Date`, by which the
-        age of leases and attempts is told.
+        age of leases and attempts is told, and when it refuses our keys or bucket.
         """
+        try:
+            self._race()
+        except StoreRefused as error:
+            raise PermanentError(str(error), reason="store_refused") from error
+
+    def _race(self) -> None:
         key = f"self-test/{secrets.token_hex(8)}"
         bodies = [f"{key}:{n}".encode() for n in range(4)]
 
@@ -373,8 +381,13 @@ def _translated(key: str) -> Iterator[None]:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if _code(error) in _BUSY or status >= 500:
             raise StoreUnavailable(f"{key}: {error}") from error
+        if _code(error) in _REFUSED or status in (401, 403):
+            raise StoreRefused(
+                f"the object store refused {key}: {error}; check STORE_ENDPOINT_URL, "
+                "STORE_BUCKET, STORE_ACCESS_KEY and STORE_SECRET_KEY, and this machine's clock"
+            ) from error
         raise PermanentError(
-            f"the object store refused {key}: {error}; check endpoint, bucket and keys",
+            f"the object store refused {key}: {error}",
             reason="store_refused",
         ) from error
     except BotoCoreError as error:

@@ -139,10 +139,6 @@ def dataset_key(tenant: str, dataset: str) -> str:
     return f"{dataset_prefix(tenant, dataset)}/dataset.json"
 
 
-def sealing_state_key(tenant: str, dataset: str) -> str:
-    return f"{dataset_prefix(tenant, dataset)}/sealing.json"
-
-
 # Trainings
 
 

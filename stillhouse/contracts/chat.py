@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import StrictUndefined
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from stillhouse.contracts.canonical import sha256_hex
 
 MAX_TEMPLATE_CHARACTERS = 100_000
+MAX_REPEATS = 1000  # of a text or a list in a template, so that it cannot fill the memory
 
 
 class Message(BaseModel):
@@ -35,8 +36,24 @@ class TemplateRefused(ValueError):
     """A chat template is too long, does not parse, or raised an error."""
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with an end to what `*` and `**` may make."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for size in (left, right):
+            if isinstance(size, int) and abs(size) > MAX_REPEATS:
+                raise SecurityError(f"`{operator}` with {size}: expected at most {MAX_REPEATS}")
+        return super().call_binop(context, operator, left, right)
+
+
 class ChatTokenizer(BaseModel):
-    """A tokenizer (`tokenizer.json`) with its chat template and special tokens, as JSON data."""
+    """A tokenizer (`tokenizer.json`) with its chat template and special tokens, as JSON data.
+
+    `today` is the date that templates see: the day of acceptance, so that rendering again gives
+    the same tokens; None for the present day.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +61,7 @@ class ChatTokenizer(BaseModel):
     chat_template: str = Field(max_length=MAX_TEMPLATE_CHARACTERS)
     bos_token: str | None = None
     eos_token: str
+    today: date | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -72,14 +90,14 @@ class ChatTokenizer(BaseModel):
 
     @cached_property
     def _template(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=StrictUndefined,
             extensions=["jinja2.ext.loopcontrols"],
         )
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = date.today().strftime
+        environment.globals["strftime_now"] = (self.today or date.today()).strftime
         try:
             return environment.from_string(self.chat_template)
         except TemplateError as error:
@@ -96,8 +114,14 @@ class ChatTokenizer(BaseModel):
                     eos_token=self.eos_token,
                 )
             )
-        except TemplateError as error:
+        except TemplateRefused:
+            raise
+        except Exception as error:  # a template is a program: it may fail in any way
             raise TemplateRefused(f"the chat template refused the conversation: {error}") from error
+
+    def on(self, day: date) -> ChatTokenizer:
+        """The same, with the date that templates see."""
+        return ChatTokenizer(**self.model_dump(exclude={"today"}), today=day)
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Ids of the rendered conversation; the template writes all special tokens itself."""

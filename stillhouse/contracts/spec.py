@@ -25,6 +25,8 @@ from stillhouse.contracts.canonical import digest_of, sha256_hex
 from stillhouse.contracts.events import Split
 
 MAX_TOP_K = 64
+# Answer tokens in a batch at most: what a builder's job can turn into a shard within its limit.
+MAX_BATCH_TOKENS = 500_000
 
 
 class SpecPart(BaseModel):
@@ -271,6 +273,13 @@ class Spec(SpecPart):
                 f"`training.loss: {self.training.loss}` needs log-probabilities and "
                 "`signal.kind: text` has none: use `signal.kind: topk`, or "
                 "`training.loss: sft`"
+            )
+        tokens = self.prompts.batch * self.signal.max_tokens
+        if tokens > MAX_BATCH_TOKENS:
+            raise ValueError(
+                f"`prompts.batch` x `signal.max_tokens` is {tokens}, expected at most "
+                f"{MAX_BATCH_TOKENS}, so that a batch can be built in one job: lower "
+                "`prompts.batch`"
             )
         if self.signal.kind == "topk" and self.signal.temperature != 1:
             raise ValueError(

@@ -61,6 +61,17 @@ def test_each_checkpoint_gets_a_report_and_the_nearer_one_has_the_better_figures
     assert set(before.model.intervals) == {"kl_top20", "kl_full", "ppl", "top1"}
 
 
+def test_a_checkpoint_whose_message_was_lost_is_found_by_the_end_of_the_training(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    scene = make_scene(store, tmp_path, "lost")
+    scene.take(checkpoint_saved(scene.resolved, scene.untrained), scene.heldout)
+    # Nobody ever says that step 8 was saved; re-drive sends training.completed alone.
+    scene.take(training_completed(scene.resolved, scene.trained))
+    assert scene.report(8).model.kl_full is not None
+    assert any(isinstance(e.event(), StudentEvaluated) for e in scene.envelopes)
+
+
 def test_the_teachers_own_weights_are_the_noise_floor(finished: Scene) -> None:
     report = finished.report(8)
     assert report.teacher.kl_full == 0.0

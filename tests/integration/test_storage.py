@@ -18,6 +18,8 @@ from stillhouse.chassis.errors import (
     DigestMismatch,
     MissingObject,
     PermanentError,
+    RetryableError,
+    StoreRefused,
     StoreUnavailable,
 )
 from stillhouse.chassis.storage import AlreadyExists, Conflict, ObjectStore
@@ -186,14 +188,18 @@ def test_listing_pages_through_a_prefix(store: ObjectStore, tenant: str) -> None
 
 
 @pytest.mark.parametrize("wrong", ["access_key", "secret_key", "bucket"])
-def test_wrong_credentials_are_a_permanent_error_that_says_what_to_check(
+def test_wrong_credentials_stop_a_start_and_hold_up_what_runs(
     store_part: Store, key: str, wrong: str
 ) -> None:
     store = store_of(replace(store_part, **{wrong: "wrong-value"}))
-    with pytest.raises(PermanentError, match="check endpoint, bucket and keys") as caught:
+    with pytest.raises(StoreRefused, match="check STORE_ENDPOINT_URL, STORE_BUCKET") as caught:
         store.put_new(key, b"x")
     assert key in str(caught.value)
     assert store_part.secret_key not in str(caught.value)
+    # No pipeline fails for it, but a process that starts with it is told at once.
+    assert isinstance(caught.value, RetryableError)
+    with pytest.raises(PermanentError, match="check STORE_ENDPOINT_URL"):
+        store.self_test()
 
 
 def test_a_store_that_is_away_is_a_retryable_error(store_part: Store, key: str) -> None:

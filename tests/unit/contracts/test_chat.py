@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -28,6 +29,20 @@ CONVERSATIONS = [
 
 def from_template(template: str) -> ChatTokenizer:
     return ChatTokenizer(**tiny_chat_tokenizer().model_dump() | {"chat_template": template})
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ 'a' * 300000000 }}", "{{ [0] * 100000 }}", "{{ 2 ** 100000 }}"]
+)
+def test_a_template_that_fails_or_bloats_is_refused(template: str) -> None:
+    with pytest.raises(TemplateRefused, match="refused the conversation"):
+        from_template(template).render(CONVERSATIONS[0])
+
+
+def test_the_date_that_templates_see_is_stored() -> None:
+    chat = from_template("{{ strftime_now('%d %b %Y') }}").on(date(2026, 2, 3))
+    again = ChatTokenizer.model_validate_json(chat.model_dump_json())
+    assert again.render(CONVERSATIONS[0]) == "03 Feb 2026"
 
 
 @pytest.fixture(scope="module")
