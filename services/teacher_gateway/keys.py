@@ -42,7 +42,7 @@ def create_key(
     engine: Engine, pepper: SecretStr, tenant_id: str, *, days: float | None = None
 ) -> str:
     """Make a key for a tenant, who is made too if new; return it, for the only time."""
-    if not re.match(ID_PATTERN, tenant_id):
+    if not re.fullmatch(ID_PATTERN, tenant_id):
         raise PermanentError(
             f"expected a tenant's name of small letters, digits and hyphens, found {tenant_id!r}",
             reason="tenant_name",
@@ -88,7 +88,7 @@ def list_keys(engine: Engine) -> list[ApiKey]:
 def authenticate(engine: Engine, pepper: SecretStr, authorization: str | None) -> Caller:
     """Find the caller of an `Authorization: Bearer ...` header. Raises KeyRefused."""
     scheme, _, value = (authorization or "").partition(" ")
-    match = _KEY.match(value.strip()) if scheme.lower() == "bearer" else None
+    match = _KEY.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
     if match is None:
         raise KeyRefused
     prefix, secret = match.groups()

@@ -82,7 +82,7 @@ class RequestLimits:
         if scope["path"] in _PROBES:
             return  # an orchestrator asks by address
         found = [value for name, value in scope["headers"] if name == b"host"]
-        match = _HOST.match(found[0].decode("latin-1")) if len(found) == 1 else None
+        match = _HOST.fullmatch(found[0].decode("latin-1")) if len(found) == 1 else None
         name = (match["six"] or match["name"]).lower() if match else None
         if name not in self._hosts:
             raise ProblemError(

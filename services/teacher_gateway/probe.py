@@ -29,7 +29,7 @@ from services.teacher_gateway.stop import TERMINAL, fail_pipeline, finish_stoppi
 from services.teacher_gateway.teachers.openai import open_teacher
 from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.errors import PermanentError, StoreUnavailable
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.chat import ChatTokenizer, Message
 from stillhouse.contracts.spec import ResolvedSpec, Spec
@@ -75,10 +75,15 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
     with transaction(context.engine) as session:
         claimed = _claim(session, context, pipeline_id)
     if claimed is None:
+        finish_stopping(context.engine, context.store, pipeline_id)
         return
     tenant, attempt = claimed
-    resolved = read_spec(context.store, tenant, pipeline_id)
-    chat = read_tokenizer(context.store, resolved.tokenizer)
+    try:
+        resolved = read_spec(context.store, tenant, pipeline_id)
+        chat = read_tokenizer(context.store, resolved.tokenizer)
+    except StoreUnavailable:
+        _put_off(context, pipeline_id)
+        raise
     charge_id = f"probe:{attempt}"
     price = resolved.teacher.usd_per_million
     expected = len(chat.encode_prompt(PROBE_MESSAGES))
@@ -112,7 +117,7 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
 
 
 def _claim(session: Session, context: Context, pipeline_id: str) -> tuple[str, int] | None:
-    """Count the attempt; None when the probe is done, under way, or not due."""
+    """Count the attempt; None when the probe is done, under way, not due, or given up."""
     pipeline = lock(session, pipeline_id)
     clock = now(session)
     if (
@@ -123,10 +128,33 @@ def _claim(session: Session, context: Context, pipeline_id: str) -> tuple[str, i
         or (pipeline.next_attempt_at or 0) > clock
     ):
         return None
+    if pipeline.attempts >= context.times.probe_attempts:
+        # An attempt that ends by itself decides: these were killed, or met a defect.
+        detail = (
+            f"the probe broke off in {pipeline.attempts} attempts, before the teacher's answer was "
+            "known: the logs of the gateway's worker tell why"
+        )
+        log.warning("the probe is given up", pipeline=pipeline_id, attempts=pipeline.attempts)
+        fail_pipeline(session, pipeline, "collect", reasons.WORKER_LOST, detail)
+        return None
     pipeline.attempts += 1
     # Until then no other job asks: longer than a call may take.
     pipeline.next_attempt_at = clock + _call_seconds(context) + context.times.lease_ttl
     return pipeline.tenant_id, pipeline.attempts
+
+
+def _put_off(context: Context, pipeline_id: str) -> None:
+    """Take an attempt back that asked nothing, since the store was down."""
+    with transaction(context.engine) as session:
+        changed(
+            session,
+            update(Pipeline)
+            .where(Pipeline.pipeline_id == pipeline_id, Pipeline.collect == "waiting")
+            .values(
+                attempts=Pipeline.attempts - 1,
+                next_attempt_at=now(session) + context.times.batch_backoff,
+            ),
+        )
 
 
 def _call_seconds(context: Context) -> float:
@@ -177,7 +205,7 @@ def judge(outcome: Outcome, spec: Spec, chat: ChatTokenizer, expected: int) -> U
 def _judge_logprobs(body: str, name: str, k: int, chat: ChatTokenizer) -> Unfit | None:
     try:
         positions = msgspec.json.decode(body, type=_Completion).choices[0].logprobs.content
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         return Unfit(
             reasons.MISSING_LOGPROBS,
             f"teacher {name!r} gave log-probabilities in a form that is not OpenAI's ({error}): "

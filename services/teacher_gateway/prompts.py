@@ -99,7 +99,7 @@ def snapshot(
 def upload_digest(reference: str) -> str:
     """The digest that an `upload:` reference names. Raises PromptsRefused."""
     digest = reference.removeprefix("upload:")
-    if not re.match(SHA256_PATTERN, digest):
+    if not re.fullmatch(SHA256_PATTERN, digest):
         raise PromptsRefused(
             f"expected upload:<64 hex digits of the file's SHA-256>, found {reference!r}",
             reason="prompts_not_found",

@@ -13,19 +13,3 @@ BUDGET_EXHAUSTED = "budget_exhausted"  # the worst case of one answer does not f
 CLOSED_BY_DEADLINE = "closed_by_deadline"  # `close_deadline_hours` went by
 WORKER_LOST = "worker_lost"  # its worker died again and again while it asked
 PIPELINE_STOPPED = "pipeline_stopped"  # cancelled or failed before it was asked
-
-COLLECT_REASONS = frozenset(
-    {
-        TEACHER_RATE_LIMITED,
-        TEACHER_ERROR,
-        TEACHER_TIMEOUT,
-        TEACHER_INVALID,
-        TEACHER_UNREACHABLE,
-        MISSING_LOGPROBS,
-        REFUSED_BY_TEACHER,
-        BUDGET_EXHAUSTED,
-        CLOSED_BY_DEADLINE,
-        WORKER_LOST,
-        PIPELINE_STOPPED,
-    }
-)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
@@ -29,7 +27,6 @@ from services.teacher_gateway.release import write_release
 from services.teacher_gateway.stop import (
     ENDED_STAGES,
     TERMINAL,
-    cancel_pipeline,
     finish_stopping,
     mark_stopping,
 )
@@ -53,10 +50,8 @@ from stillhouse.contracts.events import (
     StudentWithheld,
     TrainingCompleted,
 )
-from stillhouse.contracts.shards import METADATA_KEY, ShardHeader
+from stillhouse.contracts.shards import ShardHeader, read_header
 from stillhouse.contracts.trainings import Release
-
-__all__ = ["cancel_pipeline", "record_event"]
 
 log = logger(__name__)
 
@@ -84,6 +79,12 @@ def record_event(context: Context, envelope: Envelope) -> None:
         if session.execute(known).first() is not None:
             return
         ends = pipeline.state in TERMINAL or bool(pipeline.stopping)
+        if isinstance(event, StudentEvaluated) and not ends and pipeline.build != "done":
+            # Before the decision is written. Once done, a stage stays done.
+            raise RetryableError(
+                "a student came before all shards of its dataset were recorded: re-drive brings "
+                "the shards, then the student again"
+            )
     fetched = Fetched() if ends else _fetch(context.store, envelope, event)
     with transaction(context.engine) as session:
         held = lock(session, pipeline_id)
@@ -99,23 +100,20 @@ def record_event(context: Context, envelope: Envelope) -> None:
 
 def _fetch(store: ObjectStore, envelope: Envelope, event: Event) -> Fetched:
     if isinstance(event, ShardWritten):
-        return Fetched(header=read_header(store, event.shard))
+        return Fetched(header=_header(store, event.shard))
     if isinstance(event, StudentEvaluated):
         resolved = read_spec(store, envelope.tenant_id, envelope.pipeline_id)
         return Fetched(release=write_release(store, resolved, envelope, event))
     return Fetched()
 
 
-def read_header(store: ObjectStore, shard: ObjectRef) -> ShardHeader:
+def _header(store: ObjectStore, shard: ObjectRef) -> ShardHeader:
     """Read what became of every item of a batch from a shard's metadata."""
     data = store.get(shard)
     try:
-        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
-        return ShardHeader.model_validate_json(metadata[METADATA_KEY])
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise PermanentError(
-            f"{shard.key} is not a shard with a header: {error}", reason="bad_shard"
-        ) from error
+        return read_header(data)
+    except ValueError as error:
+        raise PermanentError(f"{shard.key}: {error}", reason="bad_shard") from error
 
 
 # Effects: each runs in the transaction that recorded its event, on a locked pipeline.
@@ -237,11 +235,6 @@ def _student_evaluated(
     _: StudentEvaluated,
     fetched: Fetched,
 ) -> None:
-    if pipeline.build != "done":
-        raise RetryableError(
-            "a student came before all shards of its dataset were recorded: re-drive brings the "
-            "shards, then the student again"
-        )
     assert fetched.release is not None, "the decision was written before this transaction"
     release, ref = fetched.release
     _advance(pipeline, "evaluate", "done")

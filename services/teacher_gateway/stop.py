@@ -104,12 +104,14 @@ def finish_stopping(engine: Engine, store: ObjectStore, pipeline_id: str) -> boo
         )
         if held.reserved_microusd > 0 or session.execute(open_batch.limit(1)).first():
             return False
-        changed(
-            session,
-            update(Item)
-            .where(Item.pipeline_id == pipeline_id, Item.outcome == "pending")
-            .values(outcome="rejected", stage="collect", reason=PIPELINE_STOPPED),
-        )
+        # `answered`: paid for, and no shard with them was recorded, nor will one be.
+        for outcome, stage in (("pending", "collect"), ("answered", "build")):
+            changed(
+                session,
+                update(Item)
+                .where(Item.pipeline_id == pipeline_id, Item.outcome == outcome)
+                .values(outcome="rejected", stage=stage, reason=PIPELINE_STOPPED),
+            )
         held.state = held.stopping
         held.ended_at = clock
     return True

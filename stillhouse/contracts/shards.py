@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from stillhouse.contracts.artifacts import Id, ObjectRef, Sha256
@@ -68,6 +69,17 @@ class ShardHeader(Record):
     supervised_tokens: int
     rejections: list[Rejection]
     counts: dict[str, int] = Field(description="rejections by reason")
+
+
+def read_header(data: bytes) -> ShardHeader:
+    """Read the header out of a shard's bytes. Raises ValueError where there is none."""
+    try:
+        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
+        return ShardHeader.model_validate_json(metadata[METADATA_KEY])
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(
+            f"expected a shard with a header, found {len(data)} bytes without: {error}"
+        ) from error
 
 
 class ShardEntry(Record):

@@ -92,6 +92,7 @@ def test_of_two_pipelines_at_once_one_is_cancelled_and_the_other_released(plant:
 
     assert cancelled["state"] == "cancelled"
     assert cancelled["cost"]["reserved_microusd"] == 0
+    assert cancelled["pending"] == 0, "each item has its row or its rejection"
     totals = plant.charges(dropped)["totals_microusd"]
     assert sum(totals.values()) >= sum(i.microusd for i in plant.invoices("dropped")) > 0
     assert "pipeline.stopped" in [event["type"] for event in plant.events(dropped)]

@@ -12,9 +12,9 @@ from sqlalchemy import select
 
 from services.teacher_gateway.models import Batch, History, Item, Outbox, Pipeline
 from services.teacher_gateway.outbox import relay
-from services.teacher_gateway.record import cancel_pipeline, record_event
-from services.teacher_gateway.stop import finish_stopping
-from stillhouse.chassis.errors import RetryableError, StoreUnavailable
+from services.teacher_gateway.record import record_event
+from services.teacher_gateway.stop import cancel_pipeline, finish_stopping
+from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.artifacts import ObjectRef
@@ -69,6 +69,15 @@ def test_a_shard_makes_rows_once(world: World) -> None:
     assert world.pipeline().rows == 8
     assert world.pipeline().build == "running"
     assert world.history().count("shard.written") == 1
+
+
+def test_a_shard_without_a_header_is_refused_by_name(world: World) -> None:
+    shard = shard_of(world, 0)
+    ref = world.context.store.put_new(f"{shard.shard.key}.other", b"PAR1")
+    event = shard_written(world.resolved, shard.model_copy(update={"shard": ref}))
+    with pytest.raises(PermanentError, match="expected a shard with a header") as refused:
+        record_event(world.context, event)
+    assert refused.value.reason == "bad_shard"
 
 
 def test_two_workers_record_one_event_once(world: World) -> None:
@@ -134,6 +143,9 @@ def test_a_student_that_comes_before_a_lost_shard_waits_for_it(world: World) -> 
         tell(world, event)
     assert "student.evaluated" not in world.history()
     assert world.pipeline().state == "running"
+    resolved = world.resolved
+    decided = artifacts.release_key(resolved.tenant_id, resolved.student_id)
+    assert not world.context.store.exists(decided), "nothing is decided before it can stand"
     record_event(world.context, shard_written(world.resolved, shards[2]))
     tell(world, event)
     assert world.pipeline().state == "released"
@@ -216,12 +228,15 @@ def test_a_student_is_released_or_withheld_once(world: World, good: bool) -> Non
 def test_a_fatal_failure_stops_the_pipeline_and_another_does_not(world: World) -> None:
     tell(world, StageFailed(stage="build", reason="hiccup", detail="once", fatal=False))
     assert world.pipeline().state == "running"
+    world.set(Item, batch=1, outcome="answered")  # paid for, and its shard comes too late
     tell(world, StageFailed(stage="train", reason="diverged", detail="loss is nan", fatal=True))
     pipeline = world.pipeline()
     assert (pipeline.state, pipeline.train, pipeline.build) == ("failed", "failed", "failed")
     assert pipeline.reason == "train: diverged: loss is nan"
     assert world.events()[-1] == "pipeline.stopped"
-    assert world.outcomes() == {"pipeline_stopped": 8}
+    assert [world.outcomes(n) for n in range(3)] == [{"pipeline_stopped": 8}] * 3
+    assert {item.stage for item in world.items(0)} == {"collect"}
+    assert {item.stage for item in world.items(1)} == {"build"}
     assert world.batch().state == "closed"
 
 

@@ -11,6 +11,7 @@ import pytest
 from services.teacher_gateway.models import Pipeline
 from services.teacher_gateway.probe import judge, probe_teacher
 from services.teacher_gateway.teachers.outcomes import Answered, Usage
+from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.responses import Stopped
 from tests.support.gateway import World, make_world
@@ -54,6 +55,16 @@ def test_a_probe_under_way_is_not_repeated(make: Any, teacher: Teacher) -> None:
     world.set(Pipeline, next_attempt_at=9e12)
     probe_teacher(world.context, world.pipeline_id)
     assert teacher.requests == []
+
+
+@pytest.mark.parametrize("status", [408, 502, 504])
+def test_a_probe_that_a_proxy_cut_off_stays_listed(
+    status: int, make: Any, teacher: Teacher
+) -> None:
+    teacher.script(Fault("status", status=status, billed=True, attempts=(1,)))
+    world = make(teacher.url)
+    probe(world)
+    assert world.charged("unknown") >= teacher.invoiced_microusd() > 0
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,42 @@ def test_an_unreachable_teacher_is_tried_again_and_then_fails(make: Any) -> None
     assert world.pipeline().state == "failed"
     assert "check `teachers[0].url`" in world.pipeline().reason
     assert world.pipeline().spent_microusd == 0
+
+
+def test_a_probe_that_breaks_off_again_and_again_fails_the_pipeline(
+    make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError("a defect, or a kill")
+
+    monkeypatch.setattr("services.teacher_gateway.probe.judge", die)
+    world = make(teacher.url)
+    for _ in range(world.context.times.probe_attempts):
+        with pytest.raises(RuntimeError):
+            probe(world)
+    assert world.pipeline().state == "running"
+    asked = len(teacher.requests)
+    probe(world)
+    assert len(teacher.requests) == asked
+    assert world.pipeline().state == "failed"
+    assert "worker_lost: the probe broke off in 2 attempts" in world.pipeline().reason
+    assert world.events()[-2:] == ["stage.failed", "pipeline.stopped"]
+
+
+def test_a_store_that_is_down_costs_no_attempt_of_the_probe(
+    make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> None:
+        raise StoreUnavailable("down")
+
+    world = make(teacher.url)
+    with monkeypatch.context() as patched:
+        patched.setattr("services.teacher_gateway.probe.read_spec", down)
+        for _ in range(world.context.times.probe_attempts + 1):
+            with pytest.raises(StoreUnavailable):
+                probe(world)
+    probe(world)
+    assert world.pipeline().collect == "running"
 
 
 def test_a_teacher_that_starts_late_is_waited_for(make: Any, teacher: Teacher) -> None:

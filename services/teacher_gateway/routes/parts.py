@@ -62,7 +62,7 @@ Limit = Annotated[int, Query(ge=1, le=500, description="most items of the page")
 
 def owned(session: Session, who: Caller, pipeline_id: str) -> Pipeline:
     """Read the caller's pipeline. Raises the same problem for another's and for none."""
-    found = session.get(Pipeline, pipeline_id) if re.match(ID_PATTERN, pipeline_id) else None
+    found = session.get(Pipeline, pipeline_id) if re.fullmatch(ID_PATTERN, pipeline_id) else None
     if found is None or found.tenant_id != who.tenant_id:
         raise not_found()
     return found

@@ -271,7 +271,7 @@ def _created(pipeline: Pipeline) -> Created:
 
 
 def _key(value: str | None) -> str | None:
-    if value is not None and not _IDEMPOTENCY_KEY.match(value):
+    if value is not None and not _IDEMPOTENCY_KEY.fullmatch(value):
         raise ProblemError(
             422,
             "idempotency-key",
@@ -281,7 +281,7 @@ def _key(value: str | None) -> str | None:
 
 
 def _trace(value: str | None) -> str:
-    if value is not None and _TRACEPARENT.match(value):
+    if value is not None and _TRACEPARENT.fullmatch(value):
         return value
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
 

@@ -189,7 +189,7 @@ def get_student_file(
 
 def _range(asked: str | None, size: int) -> tuple[int, int]:
     """First byte and the one after the last; a range that is not understood is the whole."""
-    match = _RANGE.match(asked or "")
+    match = _RANGE.fullmatch(asked or "")
     if match is None:
         return 0, size
     start = int(match[1])

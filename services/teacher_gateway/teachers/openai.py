@@ -28,7 +28,9 @@ from stillhouse.contracts.spec import Signal, Teacher
 FINISHED = ("stop", "length")
 LONGEST_RETRY_AFTER = 86_400.0
 # About the account or the moment, not about the item: asked again within the bounds.
-_LATER = frozenset({401, 402, 403, 408, 409, 425})
+_LATER = frozenset({401, 402, 403, 409, 425})
+# A proxy (524: one that calls its time-out so) gave up on an answer that may have been computed.
+_MAYBE_BILLED = frozenset({408, 502, 504, 524})
 _CONNECT_SECONDS = 10
 _CHUNK = 1 << 16
 # A token with its alternatives takes about 100 bytes of JSON an outcome; ten times that is none.
@@ -170,10 +172,14 @@ class OpenAITeacher:
                 reasons.TEACHER_RATE_LIMITED, _said(body), after=retry_after(headers, time.time())
             )
         if status == 408:
-            return Retry(reasons.TEACHER_TIMEOUT, f"status {status}: {_said(body)}")
+            return Retry(reasons.TEACHER_TIMEOUT, f"status {status}: {_said(body)}", lost=True)
         if status >= 500 or status in _LATER:
-            after = retry_after(headers, time.time()) if status == 503 else None
-            return Retry(reasons.TEACHER_ERROR, f"status {status}: {_said(body)}", after=after)
+            return Retry(
+                reasons.TEACHER_ERROR,
+                f"status {status}: {_said(body)}",
+                after=retry_after(headers, time.time()) if status == 503 else None,
+                lost=status in _MAYBE_BILLED,
+            )
         if status >= 400:
             return Reject(reasons.REFUSED_BY_TEACHER, f"status {status}: {_said(body)}")
         if status != 200:
@@ -185,8 +191,9 @@ class OpenAITeacher:
             text = body.decode()
             completion = _decoder.decode(body)
             choice = completion.choices[0]
-        except (UnicodeDecodeError, msgspec.DecodeError, IndexError) as error:
-            # ValidationError is a DecodeError: JSON of another shape.
+        except (UnicodeDecodeError, msgspec.DecodeError, IndexError, RecursionError) as error:
+            # ValidationError is a DecodeError: JSON of another shape. RecursionError: nested
+            # deeper than anyone means.
             return Retry(
                 reasons.TEACHER_INVALID,
                 f"expected a chat completion, found {body[:80]!r} ({error})"[:300],

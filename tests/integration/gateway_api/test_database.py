@@ -220,9 +220,12 @@ def test_no_secret_lies_in_the_database(tables: Engine) -> None:
         assert session.scalars(select(ApiKey.secret_hmac)).one() != secret
 
 
-def test_a_tenant_that_could_not_be_a_key_of_the_store_is_refused(tables: Engine) -> None:
+@pytest.mark.parametrize("name", ["Acme/../x", "acme\n"])
+def test_a_tenant_that_could_not_be_a_key_of_the_store_is_refused(
+    tables: Engine, name: str
+) -> None:
     with pytest.raises(PermanentError, match="small letters, digits and hyphens"):
-        create_key(tables, PEPPER, "Acme/../x")
+        create_key(tables, PEPPER, name)
 
 
 def test_writing_in_a_reading_session_is_not_kept(tables: Engine) -> None:

@@ -19,6 +19,7 @@ from services.teacher_gateway.prompts import (
     prompt_sha256,
     read_messages,
     read_prompts,
+    upload_digest,
 )
 from stillhouse.contracts.chat import Message, TemplateRefused
 
@@ -151,3 +152,12 @@ def test_a_file_without_a_prompt_is_refused_with_its_first_line(
         judge_all(judge(*lines)[1])
     assert said in str(caught.value)
     assert caught.value.reason == "no_prompts"
+
+
+@pytest.mark.parametrize(
+    "reference", ["upload:", "upload:" + "a" * 63, "upload:" + "a" * 64 + "\n"]
+)
+def test_a_reference_to_an_upload_is_exactly_a_digest(reference: str) -> None:
+    assert upload_digest("upload:" + "a" * 64) == "a" * 64
+    with pytest.raises(PromptsRefused, match="64 hex digits"):
+        upload_digest(reference)
