@@ -30,6 +30,7 @@ from services.teacher_gateway.prompts import (
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.split import Plan, plan
 from services.teacher_gateway.terms.gate import Catalogue
+from services.teacher_gateway.timeouts import table
 from services.teacher_gateway.tokenizers import FoundTokenizer, find_tokenizer
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.storage import ObjectStore
@@ -107,6 +108,7 @@ def survey(
     store: ObjectStore,
 ) -> Survey:
     """Do all of acceptance that writes nothing. Raises ProblemError (422) or SurveysBusy."""
+    check_deadlines(spec, settings)
     verdicts = admit(spec, tenant_id, settings, catalogue, store)
     if not _surveys.acquire(timeout=20):
         raise SurveysBusy("two specs are being checked already")
@@ -156,6 +158,22 @@ def _read(
                 measured=MEASURED_PROMPTS,
             )
         )
+
+
+def check_deadlines(spec: Spec, settings: TeacherGatewaySettings) -> None:
+    """Refuse a deadline of a call that this gateway would cut, where the spec asks for it by name.
+
+    Raises ProblemError (422). For specs as they were posted: a stored one names every field.
+    """
+    longest = table(settings.profile).call
+    for number, teacher in enumerate(spec.teachers):
+        asked = teacher.limits.timeout_seconds
+        if "timeout_seconds" in teacher.limits.model_fields_set and asked > longest:
+            with _at(f"teachers[{number}].limits.timeout_seconds"):
+                raise PermanentError(
+                    f"a call may take {longest:g} seconds at most on this gateway (profile "
+                    f"{settings.profile}), found {asked:g}: ask for no more, or leave it out"
+                )
 
 
 def check_secret(teacher: Teacher, settings: TeacherGatewaySettings) -> None:

@@ -238,9 +238,19 @@ class Evaluation(SpecPart):
     """What is measured, and when."""
 
     every_steps: int = Field(200, ge=1, description="checkpoints to evaluate")
-    controls: list[Control] = ["untrained"]
+    controls: list[Control] = Field(["untrained"], min_length=1)
     samples: int = Field(5, ge=0, le=50, description="answers shown side by side")
     tasks: list[str] | None = None
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _always_measured(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError(
+                "expected at least one control: the untrained student is always measured; leave "
+                "`controls` out, or write `[untrained]`"
+            )
+        return value
 
 
 class Spec(SpecPart):

@@ -12,7 +12,12 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import func, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
-from services.teacher_gateway.admission import admit, budget_microusd, survey
+from services.teacher_gateway.admission import (
+    admit,
+    budget_microusd,
+    check_deadlines,
+    survey,
+)
 from services.teacher_gateway.database import Session, now, reading, transaction
 from services.teacher_gateway.keys import Caller
 from services.teacher_gateway.models import Audit, Batch, Item, Pipeline
@@ -215,6 +220,7 @@ def _create(parts: Gateway, who: Caller, spec: Spec, key: str | None, trace: str
         with reading(parts.engine) as session:
             if earlier := _earlier(session, who, key, digest):
                 return earlier
+    check_deadlines(spec, parts.settings)
     admit(spec, who.tenant_id, parts.settings, parts.catalogue, parts.store)
     try:
         with transaction(parts.engine) as session:

@@ -108,6 +108,23 @@ def test_a_race_on_one_key_makes_one_pipeline(api: Api) -> None:
     assert len(pipelines(api)) == 1
 
 
+@pytest.mark.parametrize("query", ["", "?check=true"])
+def test_a_call_longer_than_this_gateway_allows_is_refused_by_name(
+    query: str, client: httpx.Client, small: Api
+) -> None:
+    spec = posted_spec(small.files)
+    spec["teachers"][0]["limits"] = {"timeout_seconds": 61}
+    answer = client.post(f"/v1/pipelines{query}", json=spec)
+    assert answer.status_code == 422
+    [error] = answer.json()["errors"]
+    assert error["field"] == "teachers[0].limits.timeout_seconds"
+    assert "60 seconds at most" in error["message"]
+    assert pipelines(small) == []
+    for limits in ({"timeout_seconds": 60}, {}):
+        spec["teachers"][0]["limits"] = limits
+        assert client.post(f"/v1/pipelines{query}", json=spec).is_success
+
+
 def test_a_check_creates_nothing_and_tells_what_would_come(
     client: httpx.Client, small: Api
 ) -> None:

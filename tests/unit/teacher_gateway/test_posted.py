@@ -98,6 +98,13 @@ def test_yaml_and_json_of_a_spec_are_the_same_spec(media: str) -> None:
             "`evaluation.tasks`: leave it out",
         ),
         (
+            "budget:",
+            "evaluation: {controls: []}\nbudget:",
+            ["evaluation.controls"],
+            "`evaluation.controls` expected at least one control: the untrained student is always "
+            "measured; leave `controls` out, or write `[untrained]`",
+        ),
+        (
             "    model: m\n",
             "    model: m\n    api_key: sk-secret\n",
             ["teachers[0].api_key"],
