@@ -262,11 +262,14 @@ class TrainingRun:
     def _gradients(self, session: Session, step: StepRows) -> tuple[float, float]:
         """Mean loss of the step, and the norm of its gradient, which is clipped and in place."""
         head = student.output_layer(session.model).weight
+        narrow = session.plan.environment.dtype == "bfloat16"
         total, tokens = 0.0, step.tokens
         for rows in micro_batches(step.rows, session.plan.micro_batch_tokens):
             batch = collate(rows, self._spec.training.loss, self._tools.device)
-            hidden = session.model.model(input_ids=batch.input_ids, use_cache=False)
-            supervised = hidden.last_hidden_state.flatten(0, 1)[batch.predictors]
+            with torch.autocast(self._tools.device.type, torch.bfloat16, enabled=narrow):
+                hidden = session.model.model(input_ids=batch.input_ids, use_cache=False)
+            # The logits are float32 always: in bfloat16 they would be wrong in the second digit.
+            supervised = hidden.last_hidden_state.flatten(0, 1)[batch.predictors].float()
             loss = fused_loss(supervised, head, batch.targets, scale=1 / tokens)
             crash_point("trainer.forward")
             loss.backward()

@@ -62,17 +62,25 @@ def set_up_torch(settings: TrainerSettings) -> torch.device:
     return torch.device(wanted)
 
 
-def environment(device: torch.device) -> Environment:
-    """Record what the bits depend on."""
+def environment(device: torch.device, settings: TrainerSettings) -> Environment:
+    """Record what the bits depend on; `dtype` is that of new trainings."""
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     return Environment(
         torch=torch.__version__,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        dtype="float32",
+        dtype=dtype,
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         code=version("stillhouse"),
     )
+
+
+def as_planned(here: Environment, plan: Plan) -> Environment:
+    """This process's environment for a training: its dtype is the plan's."""
+    return here.model_copy(update={"dtype": plan.environment.dtype})
 
 
 def find_plan(store: ObjectStore, tenant: str, training: str) -> Plan | None:

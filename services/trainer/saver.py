@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
-from services.trainer import announce, checkpoint, metrics
+from services.trainer import announce, checkpoint, metrics, plan
 from services.trainer.hold import Hold
 from services.trainer.session import Session
 from stillhouse.chassis.crash import crash_point
@@ -66,7 +66,7 @@ class Saver:
             loss=session.loss,
             final=kind == "final",
             bitwise=session.bitwise,
-            environment=self._hold.tools.here,
+            environment=plan.as_planned(self._hold.tools.here, session.plan),
         )
         self._upload = self._thread.submit(
             self._send, session, snapshot, kind, self.gpu_seconds, started

@@ -89,7 +89,7 @@ def prepare(hold: Hold) -> Session:
         cursor=Cursor(step=0, phase="stream"),
         ref=None,
         saved_step=-1,
-        bitwise=settled.environment == tools.here,
+        bitwise=settled.environment == plan.as_planned(tools.here, settled),
     )
 
 
@@ -154,7 +154,8 @@ def resume(hold: Hold) -> Session:
             cursor=found.cursor,
             ref=found.ref,
             saved_step=found.cursor.step,
-            bitwise=found.manifest.bitwise and settled.environment == tools.here,
+            bitwise=found.manifest.bitwise
+            and settled.environment == plan.as_planned(tools.here, settled),
             loss=found.manifest.loss,
         )
     raise _unreadable(head.manifest)

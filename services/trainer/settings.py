@@ -23,6 +23,11 @@ class TrainerSettings(ServiceSettings):
     device: Literal["cpu", "cuda", "auto"] = Field(
         "auto", description="where the student is trained; `auto` takes a GPU that is there"
     )
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "auto",
+        description="what the layers compute in; weights, optimiser and output layer stay float32. "
+        "Stored in the plan of a training; `auto`: float32 on a CPU, bfloat16 on a GPU",
+    )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of torch; fixed, for the bits")
     file_roots: str = Field(
         "", description="folders below which `file:` weights may lie, parted as in PATH"

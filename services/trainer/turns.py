@@ -98,7 +98,7 @@ class Trainer:
             beat=beat,
             stopping=self.stopping,
             device=device,
-            here=environment(device),
+            here=environment(device, settings),
             scratch=scratch,
         )
 

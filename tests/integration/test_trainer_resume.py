@@ -239,3 +239,24 @@ def test_a_training_killed_at_a_named_point_ends_in_the_same_bits(
     assert_same(bench, resolved, undisturbed)
     saved = bench.wire.events(CheckpointSaved)
     assert {e.step for e in saved} == {e.step for e in state_of(bench.store, resolved).published}
+
+
+def test_a_training_in_bfloat16_stays_in_it_and_ends_in_the_same_bits(
+    bench: Bench,
+    tenant: str,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: tuple[CheckpointManifest, Cursor],
+) -> None:
+    know_dead_holders(monkeypatch)
+    straight, killed = (resolved_spec(bench, f"{tenant}-{name}") for name in ("a", "b"))
+    bench.run(accepted(bench, straight), sealed(bench, straight), dtype="bfloat16")
+    wakes = accepted(bench, killed), sealed(bench, killed)
+    with pytest.raises(Killed), killing(monkeypatch, "trainer.backward", 9):
+        bench.run(*wakes, dtype="bfloat16", **EVERY_STEP)
+    bench.run(*wakes, dtype="float32")  # the plan decides, not who goes on with it
+    heads = [head_of(bench.store, resolved) for resolved in (straight, killed)]
+    assert tensors_digest(heads[0]) == tensors_digest(heads[1])
+    assert heads[1].bitwise
+    assert heads[1].environment.dtype == "bfloat16"
+    assert tensors_digest(heads[0]) != tensors_digest(undisturbed[0])
+    assert heads[0].loss == pytest.approx(undisturbed[0].loss, rel=0.2)
