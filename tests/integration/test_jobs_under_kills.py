@@ -29,8 +29,9 @@ def test_a_job_over_its_time_is_ended_and_acknowledged(broker_url: str, tmp_path
 
 
 def test_a_job_that_kills_its_process_does_not_come_back_for_ever(
-    broker_url: str, tmp_path: Path
+    broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bus, "DELIVERY_LIMIT", 2)  # Celery takes seconds to notice each death
     dies = Batch.KILLS_ITS_PROCESS
     with recording_worker(broker_url, tmp_path) as worker:
         worker.publish(dies, 1)
@@ -38,7 +39,6 @@ def test_a_job_that_kills_its_process_does_not_come_back_for_ever(
         starts = 1
         if not bus.is_redis(broker_url):
             starts = bus.DELIVERY_LIMIT + 1
-            # Celery may notice a lost process only after ten seconds.
             wait_for_dead(broker_url, BUILDER, 1, deadline=120)
         assert len(worker.lines("start", dies)) == starts
         assert set(bus.depth(BUILDER, broker_url).values()) == {0}

@@ -63,6 +63,8 @@ class Settings(ServiceSettings):
 
     PREFIX: ClassVar[str] = "RECORDING_"
 
+    delivery_limit: int = bus.DELIVERY_LIMIT
+
 
 def ref(key: str) -> ObjectRef:
     return ObjectRef(key=key, size=1, sha256="0" * 64)
@@ -182,6 +184,7 @@ def recording_worker(
     env = base_environment(
         {
             "RECORDING_BROKER_URL": broker_url,
+            "RECORDING_DELIVERY_LIMIT": str(bus.DELIVERY_LIMIT),
             "RECORDING_METRICS_PORT": str(port),
             "PROMETHEUS_MULTIPROC_DIR": str(metrics),
             "OMP_NUM_THREADS": "1",
@@ -212,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = load(Settings)
     logs.setup("recording", "worker", settings.log_level)
+    bus.DELIVERY_LIMIT = settings.delivery_limit
     timeouts = Timeouts(job=chosen.job, visibility=chosen.visibility)
     run_worker(make_shell(settings, chosen.records, timeouts))
     return 0

@@ -100,7 +100,7 @@ def test_a_store_with_another_secret_is_refused_at_the_start(environ: Environ) -
     environ["TEACHER_GATEWAY_STORE_SECRET_KEY"] = "wrong"
     done = command(environ, "api")
     assert done.returncode == 1
-    assert "check endpoint, bucket and keys" in done.stderr
+    assert "check STORE_ENDPOINT_URL, STORE_BUCKET" in done.stderr
     assert "Traceback" not in done.stderr
 
 
