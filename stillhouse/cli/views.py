@@ -122,9 +122,7 @@ def answers_table(report: Json) -> Table:
     rows = [
         (
             sample["prompt"],
-            sample["teacher"],
-            sample.get("untrained") or NONE,
-            sample.get("student") or NONE,
+            *(_answer(sample.get(model)) for model in ("teacher", "untrained", "student")),
         )
         for sample in report.get("samples") or []
     ]
@@ -179,6 +177,11 @@ def moment(value: Any) -> str:
     else:
         when = datetime.fromisoformat(str(value)).astimezone(UTC)
     return f"{when:%Y-%m-%d %H:%M:%S}"
+
+
+def _answer(text: str | None) -> str:
+    """A model that ends at once has said something too."""
+    return NONE if text is None else text or "(ended at once)"
 
 
 def _figure(key: str, value: float | None) -> str:
