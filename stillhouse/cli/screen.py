@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
@@ -26,13 +26,14 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headings; `numbers` names the columns that are set to the right."""
+    """Rows of text under headings; `numbers` names the columns that are set to the right. `prose`
+    marks cells of whole sentences: wrapped on a terminal, one a line elsewhere."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int] = ()
-    wrap: bool = field(default=False)
+    prose: bool = False
 
 
 class Screen:
@@ -100,7 +101,9 @@ def clean(text: str) -> str:
 
 
 def plain_lines(table: Table) -> list[str]:
-    """Set a table in columns of spaces, one line a row."""
+    """Set a table in columns of spaces, one line a row; prose as one line a cell."""
+    if table.prose:
+        return _paragraphs(table)
     cells = [[_one_line(c) for c in row] for row in (table.headings, *table.rows)]
     widths = [max(len(row[n]) for row in cells) for n in range(len(table.headings))]
     lines = []
@@ -113,13 +116,25 @@ def plain_lines(table: Table) -> list[str]:
     return lines
 
 
+def _paragraphs(table: Table) -> list[str]:
+    width = max(len(heading) for heading in table.headings)
+    lines = []
+    for row in table.rows:
+        lines += [
+            f"{heading.ljust(width)}  {' '.join(clean(cell).split())}".rstrip()
+            for heading, cell in zip(table.headings, row, strict=True)
+        ]
+        lines.append("")
+    return lines[:-1]
+
+
 def _one_line(text: str) -> str:
     text = " ".join(clean(text).split())
     return text if len(text) <= _PLAIN_CELL else text[: _PLAIN_CELL - 3] + "..."
 
 
 def _rich_table(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title or None, title_justify="left", show_lines=table.wrap)
+    drawn = RichTable(title=table.title or None, title_justify="left", show_lines=table.prose)
     for number, heading in enumerate(table.headings):
         drawn.add_column(
             heading,

@@ -126,14 +126,14 @@ def answers_table(report: Json) -> Table:
         )
         for sample in report.get("samples") or []
     ]
-    return Table("", ("prompt", "teacher", "untrained student", "student"), rows, wrap=True)
+    return Table("", ("prompt", "teacher", "untrained student", "student"), rows, prose=True)
 
 
 def rows_table(samples: Iterable[Json]) -> Table:
     rows = [
         (s["split"], prompt_text(s["messages"]), s["answer"], s["finish_reason"]) for s in samples
     ]
-    return Table("", ("split", "prompt", "answer", "end"), rows, wrap=True)
+    return Table("", ("split", "prompt", "answer", "end"), rows, prose=True)
 
 
 def rejections_table(rejections: Iterable[Json]) -> Table:

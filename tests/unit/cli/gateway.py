@@ -48,7 +48,7 @@ REPORT: Json = {
     "teacher": {"kl_top20": 0.01, "kl_full": 0.02, "ppl": 2.0, "top1": 0.99, "stop_rate": None},
     "untrained": {"kl_top20": 4.0, "kl_full": 5.0, "ppl": 900.0, "top1": 0.1, "stop_rate": 0.0},
     "model": {"kl_top20": 1.0, "kl_full": 1.5, "ppl": 9.5, "top1": 0.5, "stop_rate": 0.75},
-    "samples": [{"prompt": "Hi?", "teacher": "Yes\x1b[2J", "untrained": "zz", "student": "Ye"}],
+    "samples": [{"prompt": "Hi?", "teacher": "Yes\x1b[2J", "untrained": "", "student": "Ye"}],
 }
 for _figures in ("teacher", "untrained", "model"):
     REPORT[_figures] |= {"rows": 8, "tokens": 80}

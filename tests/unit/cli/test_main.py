@@ -131,7 +131,12 @@ def test_report_shows_three_models_and_their_answers(run: Run) -> None:
         "8",
         "80",
     ]
-    assert "\x1b" not in lines[-1]
+    assert lines[6:] == [
+        "prompt             Hi?",
+        "teacher            Yes?[2J",
+        "untrained student  (ended at once)",
+        "student            Ye",
+    ]
 
 
 def test_events_rejections_and_samples_are_lines(run: Run) -> None:
@@ -139,7 +144,9 @@ def test_events_rejections_and_samples_are_lines(run: Run) -> None:
         *("1", "2026-01-02", "03:04:05", "shard.written", "batch=3")
     ]
     assert "too_short  0 chars" in run("rejections", "pl-1").out
-    assert run("samples", "pl-1").out.splitlines()[1].split() == ["train", "Hi?", "Yes.", "stop"]
+    assert run("samples", "pl-1").out.splitlines() == [
+        *("split   train", "prompt  Hi?", "answer  Yes.", "end     stop")
+    ]
 
 
 def test_following_events_ends_with_the_pipeline(run: Run, gateway: FakeGateway) -> None:
