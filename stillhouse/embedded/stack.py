@@ -188,7 +188,8 @@ class Stack:
                 )
                 self._supervisor.stop()
                 self._state = "stopped"
-                self._write_state()
+                with contextlib.suppress(OSError):  # a full disk: nothing runs any more all the same
+                    self._write_state()
                 self._supervisor.close()
                 with contextlib.suppress(OSError):
                     for leftover in runtime.iterdir():

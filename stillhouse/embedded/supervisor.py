@@ -100,7 +100,8 @@ class Supervisor:
         self.stopping = stopping or threading.Event()
         self.hurry = hurry or threading.Event()
         self._say = say
-        self._changed = changed
+        self._write_down = changed
+        self._unwritten = False
         self._running: dict[str, _Running] = {}
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", "-S", reaper.__file__],
@@ -184,6 +185,20 @@ class Supervisor:
                     self._note_death(running, now)
             elif now >= running.restart_at:
                 self._restart(running)
+        if self._unwritten:
+            self._changed()
+
+    def _changed(self) -> None:
+        """Have the table written down; on a full disk, again and again until there is room: the
+        processes matter more than what is told of them."""
+        try:
+            self._write_down()
+        except OSError as error:
+            if not self._unwritten:
+                self._say(f"cannot write down which processes run: {error}; trying again")
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
     def stop(self) -> None:
         """Stop in order; a group that does not end in its time is killed."""

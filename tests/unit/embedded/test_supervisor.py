@@ -196,3 +196,24 @@ def test_a_killed_supervisor_leaves_nothing_behind(tmp_path):
         parent.kill()
     until(lambda: not any(alive(pid) for pid in pids))
     until(lambda: not (tmp_path / "runtime").exists())
+
+
+def test_a_full_disk_ends_no_process(tmp_path, said):
+    full = [True]
+
+    def write_down():
+        if full[0]:
+            raise OSError(28, "No space left on device")
+
+    one = Supervisor(tmp_path / "logs", say=said.append, changed=write_down)
+    try:
+        one.start([spec("worker")])
+        one.tend()
+        assert one.states()["worker"].pid
+        assert len([line for line in said if "No space left" in line]) == 1
+        full[0] = False
+        one.tend()
+        assert not one._unwritten
+    finally:
+        one.stop()
+        one.close()
