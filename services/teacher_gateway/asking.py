@@ -19,7 +19,7 @@ from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import CALL_SECONDS, CALLS
 from services.teacher_gateway.ledger import cost_microusd
 from services.teacher_gateway.parts import PART_ANSWERS, PART_SECONDS, encode_part
-from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject
+from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
 from services.teacher_gateway.timeouts import GatewayTimeouts
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import RetryableError, StoreUnavailable
@@ -34,6 +34,8 @@ log = logger(__name__)
 
 # Answers that exist nowhere but here, beside those still being spoken: a crash loses no more.
 UNSTORED_ANSWERS = PART_ANSWERS
+_QUESTION_SECONDS = 30.0
+_QUESTION_LEAST_SECONDS = 1.0
 
 
 class Fenced(RetryableError):
@@ -56,6 +58,7 @@ class GivenUp:
     reason: str
     detail: str
     after: float | None = None
+    away: bool = False
 
 
 class Books(Protocol):
@@ -83,6 +86,14 @@ class Ask(Protocol):
     ) -> Outcome: ...
 
 
+class Question(Protocol):
+    """Something that any teacher can answer, to tell one that is away from items that it cannot
+    answer."""
+
+    async def __call__(self, *, deadline: float) -> Retry | None:
+        """Why nobody answers now; None when somebody is there, or when it must not be asked."""
+
+
 @dataclass
 class Result:
     """What an attempt came to."""
@@ -92,6 +103,15 @@ class Result:
     given_up: list[GivenUp] = field(default_factory=list)
     rejected: set[str] = field(default_factory=set)
     stopping: bool = False
+    # Whether the teacher said anything about any item; an answer is not stored at once.
+    heard: bool = False
+    # Why nobody was there to answer, where that is why items have no answer.
+    away: Retry | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether all that was asked met as good as nobody."""
+        return not self.heard and bool(self.given_up) and all(gone.away for gone in self.given_up)
 
 
 class Attempt:
@@ -112,7 +132,10 @@ class Attempt:
         call_seconds: float,
         started: float,
         rng: random.Random | None = None,
+        question: Question | None = None,
+        suspect: bool = False,
     ) -> None:
+        """`suspect`: the last attempt found the teacher away, so the question goes first."""
         self._ask = ask
         self._books = books
         self._price = price
@@ -128,19 +151,17 @@ class Attempt:
         self._halted = asyncio.Event()
         self._slots = asyncio.Semaphore(concurrency + UNSTORED_ANSWERS)
         self._slower_until = 0.0
+        self._question = question
+        self._suspect = suspect and question is not None
+        self._callers: list[asyncio.Task[None]] = []
 
     async def run(self, items: list[Asked]) -> Result:
         """Ask for the items; see the class."""
         if not await self._renew():
             return self._result
-        waiting = deque(items)
         beat = asyncio.create_task(self._beat(), name="beat")
         writer = asyncio.create_task(self._write(), name="writer")
-        callers = [
-            asyncio.create_task(self._call(waiting), name="caller")
-            for _ in range(min(self._concurrency, len(items)))
-        ]
-        everyone = asyncio.gather(*callers)
+        everyone = asyncio.create_task(self._ask_all(items), name="everyone")
         try:
             while not everyone.done():
                 await asyncio.wait((everyone, writer, beat), return_when=asyncio.FIRST_COMPLETED)
@@ -151,10 +172,40 @@ class Attempt:
             await self._queue.put(None)
             await writer
         finally:
-            for task in (beat, writer, *callers):
+            tasks = (beat, writer, everyone, *self._callers)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(beat, writer, *callers, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         return self._result
+
+    async def _ask_all(self, items: list[Asked]) -> None:
+        """Ask for the items. Where nobody answers, find out whether that is the teacher."""
+        if self._suspect and await self._nobody_is_there():
+            return
+        waiting = deque(items)
+        self._callers = [
+            asyncio.create_task(self._call(waiting), name="caller")
+            for _ in range(min(self._concurrency, len(items)))
+        ]
+        await asyncio.gather(*self._callers)
+        found = self._result
+        if self._question is None or not found.silent or self._halted.is_set():
+            return
+        last = found.given_up[-1]
+        if any(gone.reason == reasons.TEACHER_UNREACHABLE for gone in found.given_up):
+            found.away = Retry(last.reason, last.detail, last.after, away=True)
+        elif self._ends - time.monotonic() >= _QUESTION_LEAST_SECONDS:
+            await self._nobody_is_there()
+        elif not self._suspect:
+            # No time to ask: the next attempt begins with the question.
+            found.away = Retry(last.reason, last.detail, last.after, away=True)
+
+    async def _nobody_is_there(self) -> bool:
+        assert self._question is not None, "checked by the callers"
+        left = self._ends - time.monotonic()
+        seconds = min(self._call_seconds, _QUESTION_SECONDS, left)
+        self._result.away = await self._question(deadline=seconds)
+        return self._result.away is not None
 
     def _may_call(self) -> bool:
         """Whether a whole call still fits into the attempt, under a lease that is surely held."""
@@ -180,6 +231,8 @@ class Attempt:
                 outcome = await self._timed(item)
                 if isinstance(outcome, Answered) and (over := self._over(asked, outcome)):
                     outcome = over
+                if isinstance(outcome, Answered | Reject):
+                    self._result.heard = True
                 if isinstance(outcome, Answered):
                     held = False  # the writer gives the slot back once the answer is stored
                     await self._queue.put(self._answer(item, outcome))
@@ -208,7 +261,7 @@ class Attempt:
             await self._pause(wait)
         if last is not None:
             self._result.given_up.append(
-                GivenUp(item.item_id, last.reason, last.detail, last.after)
+                GivenUp(item.item_id, last.reason, last.detail, last.after, last.away)
             )
 
     async def _timed(self, item: Item) -> Outcome:

@@ -16,6 +16,7 @@ from services.teacher_gateway.asking import (
     UNSTORED_ANSWERS,
     Asked,
     Fenced,
+    Result,
 )
 from services.teacher_gateway.batch_input import BatchInput
 from services.teacher_gateway.claims import Claim, plan
@@ -30,7 +31,7 @@ from services.teacher_gateway.ledger import (
     lock,
     settle,
 )
-from services.teacher_gateway.models import Batch, Item, Pipeline
+from services.teacher_gateway.models import Batch, Charge, Item, Pipeline
 from services.teacher_gateway.parts import Series
 from services.teacher_gateway.teachers.outcomes import Reject
 from stillhouse.contracts.artifacts import (
@@ -53,6 +54,10 @@ class Books:
         self._claim = claim
         self._given = given
         self._holds_until = started + context.times.lease
+        self.started = started  # by time.monotonic()
+        # What is known of this attempt if it cannot go on: whether it asked, and what came.
+        self.asked = False
+        self.result: Result | None = None
 
     def fenced(self, session: Session) -> Batch:
         """The batch's row, held for this transaction, if it is still this attempt's."""
@@ -155,7 +160,6 @@ class Books:
             if not settle(session, claim.pipeline_id, lines, release=row.reserved_microusd):
                 raise AssertionError("what is released pays for what is booked")
             row.reserved_microusd = 0
-            claim.crashes += 1
             plan(session, claim, given)
             row.reserved_microusd = sum(asked.worst_microusd for asked in claim.asks)
 
@@ -184,8 +188,32 @@ class Books:
             microusd=most,
             batch=claim.batch,
             attempt=dead,
-            detail="a worker died: calls whose answers were lost, at their worst case",
+            detail="an attempt broke off: calls whose answers were lost, at their worst case",
         )
+
+    def let_go(self, session: Session) -> Batch:
+        """Settle what is known of an attempt that cannot go on, and free its batch.
+
+        What it may have been asking stays reserved, until the next attempt has read its parts.
+        """
+        claim = self._claim
+        row = self.fenced(session)
+        row.holder, row.lease_until = "", 0.0
+        answers = [] if not self.asked else self.result.answers if self.result else None
+        line = answers_line(claim.batch, claim.attempt, answers or [])
+        booked = session.get(Charge, (claim.pipeline_id, line.charge_id))
+        if answers is None or booked is not None:
+            return row
+        # The reservation is a dead attempt's as long as that one is not settled.
+        settled = [f"answers:{claim.batch}:{dead}" for dead in claim.dead]
+        found = [session.get(Charge, (claim.pipeline_id, charge_id)) for charge_id in settled]
+        mine = all(charge is not None for charge in found)
+        release = row.reserved_microusd if mine else 0
+        if not settle(session, claim.pipeline_id, [line], release=release):
+            raise AssertionError("what is released pays for what is booked")
+        row.reserved_microusd -= release
+        record_answers(session, claim, answers)
+        return row
 
     def _line(self, charge_id: str, kind: Kind, microusd: int, detail: str) -> Line:
         claim = self._claim

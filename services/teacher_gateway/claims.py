@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.asking import (
@@ -29,6 +29,8 @@ from services.teacher_gateway.stop import TERMINAL
 
 # Attempts that died while they held a batch, before it is given up.
 MOST_CRASHES = 10
+# However long nobody can answer: a batch closes by so many times its deadline.
+LATEST = 2
 
 
 @dataclass
@@ -46,12 +48,14 @@ class Claim:
     pending: dict[str, int]
     stopping: bool
     overdue: bool
+    # Attempts in a row that found the teacher away, and those whose worker died.
+    away: int = 0
+    crashes: int = 0
     asks: list[Asked] = field(default_factory=list)
     # Nothing is reserved elsewhere and not even one item's worst case fits.
     exhausted: bool = False
     # Reservations elsewhere are open: wait for them.
     must_wait: bool = False
-    crashes: int = 0
 
 
 def claimable(row: Batch, clock: float) -> bool:
@@ -75,7 +79,12 @@ def claim_batch(
         if not claimable(row, clock):
             return None
         if row.close_by is None and given is not None:
-            row.close_by = clock + given.resolved.spec.close_deadline_hours * 3600
+            deadline = given.resolved.spec.close_deadline_hours * 3600
+            row.close_by, row.close_latest = clock + deadline, clock + LATEST * deadline
+        if row.holder:
+            # Nobody let go of it, and its lease ran out: that worker died.
+            row.crashes += 1
+            row.holder = ""
         pending = session.execute(
             select(Item.item_id, Item.attempts).where(
                 Item.pipeline_id == pipeline_id, Item.batch == batch, Item.outcome == "pending"
@@ -100,7 +109,8 @@ def claim_batch(
             pending={row.item_id: row.attempts for row in pending},
             stopping=bool(pipeline.stopping) or given is None,
             overdue=row.close_by is not None and row.close_by <= clock,
-            crashes=_crashes(session, pipeline_id, batch),
+            away=row.away,
+            crashes=row.crashes,
         )
         if not claim.dead:
             plan(session, claim, given)
@@ -116,11 +126,10 @@ def claim_batch(
     return claim
 
 
-def _crashes(session: Session, pipeline_id: str, batch: int) -> int:
-    counted = select(func.count()).where(
-        Charge.pipeline_id == pipeline_id, Charge.charge_id.startswith(f"crash:{batch}:")
-    )
-    return int(session.execute(counted).scalar_one())
+def stand_still(row: Batch, seconds: float) -> None:
+    """Leave time in which nobody could answer out of a batch's deadline, within its bound."""
+    if row.close_by is not None and row.close_latest is not None:
+        row.close_by = max(row.close_by, min(row.close_by + seconds, row.close_latest))
 
 
 def plan(session: Session, claim: Claim, given: BatchInput | None) -> None:

@@ -33,7 +33,14 @@ from services.teacher_gateway.asking import (
 )
 from services.teacher_gateway.batch_input import BatchInput, read_batch
 from services.teacher_gateway.books import Books, answers_line, record_answers, reject
-from services.teacher_gateway.claims import MOST_CRASHES, Claim, claim_batch, claimable
+from services.teacher_gateway.circuit import TeacherQuestion
+from services.teacher_gateway.claims import (
+    MOST_CRASHES,
+    Claim,
+    claim_batch,
+    claimable,
+    stand_still,
+)
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, reading, transaction
 from services.teacher_gateway.ledger import (
@@ -46,9 +53,9 @@ from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.parts import Series, close_series
 from services.teacher_gateway.stop import TERMINAL, finish_stopping
 from services.teacher_gateway.teachers.openai import open_teacher
-from services.teacher_gateway.teachers.outcomes import Reject
+from services.teacher_gateway.teachers.outcomes import Reject, Retry
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.errors import PermanentError, RetryableError
+from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.artifacts import (
     ObjectRef,
@@ -64,6 +71,9 @@ from stillhouse.contracts.responses import (
 
 log = logger(__name__)
 
+# The pause of a batch whose teacher is away grows to 2 ** this times the first one, or the cap.
+_MOST_DOUBLINGS = 20
+
 
 def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
     """Do one attempt at a batch; see the module. Returns without effect when there is none."""
@@ -77,6 +87,7 @@ def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
             return
         if not claimable(row, now(session)):
             return
+    began = time.monotonic()
     try:
         given = read_batch(
             context.store,
@@ -88,23 +99,26 @@ def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
         if not pipeline.stopping:
             raise
         given = None  # what was reserved must be settled all the same
+    except StoreUnavailable:
+        _wait_for_store(context, row, began)
+        raise
     started = time.monotonic()
     claim = claim_batch(context, pipeline_id, batch, given)
     if claim is None:
         return
     crash_point("batch_claimed")
+    books = Books(context, claim, given, started)
     try:
-        _attempt(context, claim, given, started)
+        _attempt(context, claim, given, books)
     except Fenced as error:
         log.warning("batch left to another worker", batch=batch, why=str(error))
-    except RetryableError:
-        _let_go(context, claim)
+    except RetryableError as error:
+        _let_go(context, books, error)
         raise
 
 
-def _attempt(context: Context, claim: Claim, given: BatchInput | None, started: float) -> None:
+def _attempt(context: Context, claim: Claim, given: BatchInput | None, books: Books) -> None:
     """Steps 2 to 4."""
-    books = Books(context, claim, given, started)
     series = [
         close_series(context.store, claim.tenant_id, claim.pipeline_id, claim.batch, number)
         for number in range(1, claim.attempt)
@@ -114,14 +128,13 @@ def _attempt(context: Context, claim: Claim, given: BatchInput | None, started: 
     crash_point("answers_adopted")
     result = Result()
     if claim.asks and given is not None and not claim.stopping:
-        result = asyncio.run(_ask(context, claim, given, books, started))
+        books.asked = True
+        books.result = result = asyncio.run(_ask(context, claim, given, books))
     crash_point("answers_stored")
     _finish(context, claim, given, books, series, result)
 
 
-async def _ask(
-    context: Context, claim: Claim, given: BatchInput, books: Books, started: float
-) -> Result:
+async def _ask(context: Context, claim: Claim, given: BatchInput, books: Books) -> Result:
     """Step 3: one event loop and one HTTP session for the whole attempt."""
     teacher = given.resolved.teacher
     async with open_teacher(
@@ -137,7 +150,9 @@ async def _ask(
             times=context.times,
             concurrency=teacher.limits.concurrency,
             call_seconds=teacher.limits.timeout_seconds,
-            started=started,
+            started=books.started,
+            question=TeacherQuestion(context, claim, given, client),
+            suspect=claim.away > 0,
         )
         return await attempt.run(claim.asks)
 
@@ -158,7 +173,8 @@ def _finish(
     stopping = claim.stopping or result.stopping
     rejections: list[Rejection] = []
     failed = {gone.item_id: gone for gone in result.given_up if gone.item_id in left}
-    for gone in failed.values():
+    # Where the teacher is away it is nobody's failure: the batch's deadline is the bound.
+    for gone in () if result.away else tuple(failed.values()):
         if left[gone.item_id] + 1 >= times.attempts and not stopping:
             rejections.append(_rejection(gone.item_id, gone))
             del left[gone.item_id]
@@ -186,16 +202,29 @@ def _finish(
         row.reserved_microusd = 0
         record_answers(session, claim, result.answers)
         reject(session, claim, rejections)
-        _count_failures(session, claim, [i for i in failed if i in left])
+        if not result.away:
+            _count_failures(session, claim, [i for i in failed if i in left])
         row.holder, row.lease_until = "", 0.0
         if manifest is not None or stopping:
             row.state, row.closed_at = "closed", clock
             row.answers = sum(len(found.answers) for found in series) + len(result.answers)
         else:
-            delay = _delay(context, claim, [failed[i] for i in failed if i in left])
+            unanswered = [failed[i] for i in failed if i in left]
+            delay = _delay(context, claim, unanswered, result.away)
             row.state, row.next_attempt_at = "waiting", clock + delay
-            if not result.answers and row.close_by is not None:
-                row.close_by += delay  # the teacher is away: its batch's time stands still
+            if result.away:
+                stand_still(row, time.monotonic() - books.started + delay)
+        if result.away:
+            row.away += 1
+            log.warning(
+                "the teacher is away: its batch waits",
+                batch=claim.batch,
+                attempts=row.away,
+                reason=result.away.reason,
+                why=result.away.detail,
+            )
+        elif claim.asks:
+            row.away = 0
         if manifest is not None:
             row.rejected = row.items - row.answers
             event = ResponseBatchStored(
@@ -215,7 +244,8 @@ def _finish(
 def _why_the_rest_ends(claim: Claim) -> tuple[str, str] | None:
     """Why items that were not answered never will be; None when they are asked again."""
     if claim.overdue:
-        return reasons.CLOSED_BY_DEADLINE, "`close_deadline_hours` went by"
+        away = f", and the teacher was away in the last {claim.away} attempts" if claim.away else ""
+        return reasons.CLOSED_BY_DEADLINE, f"`close_deadline_hours` went by{away}"
     if claim.crashes >= MOST_CRASHES:
         return reasons.WORKER_LOST, f"{claim.crashes} workers died while they asked"
     if claim.exhausted:
@@ -226,16 +256,18 @@ def _why_the_rest_ends(claim: Claim) -> tuple[str, str] | None:
     return None
 
 
-def _delay(context: Context, claim: Claim, failed: Sequence[GivenUp]) -> float:
+def _delay(context: Context, claim: Claim, failed: Sequence[GivenUp], away: Retry | None) -> float:
     """Seconds until the next attempt: none when only time ran out, else a growing pause."""
     times = context.times
     if claim.must_wait:
         return times.budget_wait
-    if not failed:
+    if not failed and away is None:
         return 0.0
-    tried = max(claim.pending[gone.item_id] for gone in failed)
+    tried = max((claim.pending[gone.item_id] for gone in failed), default=0)
+    if away:
+        tried = min(claim.away, _MOST_DOUBLINGS)
     pause = min(times.batch_backoff * 2.0**tried, times.batch_backoff_cap)
-    asked_for = max((gone.after or 0.0 for gone in failed), default=0.0)
+    asked_for = max(gone.after or 0.0 for gone in (*failed, *([away] if away else ())))
     return max(pause * random.uniform(0.8, 1.2), asked_for)  # noqa: S311 jitter is no secret
 
 
@@ -308,21 +340,28 @@ def _write_manifest(
     return context.store.put_new_model(key, manifest)
 
 
-def _let_go(context: Context, claim: Claim) -> None:
-    """Free a batch whose attempt could not go on; its reservation stays until it is settled."""
-    times = context.times
+def _let_go(context: Context, books: Books, error: RetryableError) -> None:
+    """Free a batch whose attempt could not go on: the store or the database was in the way."""
     with suppress(RetryableError), transaction(context.engine) as session:
-        changed(
-            session,
-            update(Batch)
-            .where(
-                Batch.pipeline_id == claim.pipeline_id,
-                Batch.batch == claim.batch,
-                Batch.epoch == claim.epoch,
-                Batch.state != "closed",
-            )
-            .values(lease_until=0.0, next_attempt_at=now(session) + times.batch_backoff),
-        )
+        _put_back(session, context, books.let_go(session), error, books.started)
+
+
+def _wait_for_store(context: Context, seen: Batch, began: float) -> None:
+    """Put a batch back that was not even claimed, since its input could not be read."""
+    with suppress(RetryableError), transaction(context.engine) as session:
+        lock(session, seen.pipeline_id)
+        row = session.get(Batch, (seen.pipeline_id, seen.batch), with_for_update=True)
+        if row is not None and row.epoch == seen.epoch and claimable(row, now(session)):
+            _put_back(session, context, row, StoreUnavailable("its input"), began)
+
+
+def _put_back(
+    session: Session, context: Context, row: Batch, error: RetryableError, began: float
+) -> None:
+    pause = context.times.batch_backoff
+    row.state, row.next_attempt_at = "waiting", now(session) + pause
+    if isinstance(error, StoreUnavailable):
+        stand_still(row, time.monotonic() - began + pause)
 
 
 def complete_responses(context: Context, pipeline_id: str) -> bool:

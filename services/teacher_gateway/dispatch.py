@@ -46,13 +46,12 @@ def find_dead(session: Session) -> bool:
 def reap(session: Session) -> int:
     """Make batches whose worker died, or whose job nobody took, due again.
 
-    The reservation of a dead attempt stays until the next one settles it.
+    The reservation of a dead attempt stays until the next one settles it, and its holder until
+    the next one counts the death.
     """
     return changed(
         session,
-        update(Batch)
-        .where(_dead(now(session)))
-        .values(state="waiting", holder="", lease_until=0.0),
+        update(Batch).where(_dead(now(session))).values(state="waiting", lease_until=0.0),
     )
 
 

@@ -104,7 +104,8 @@ class Pipeline(Base):
 class Batch(Base):
     """A numbered group of items: the unit of a lease. `state`: waiting, due, closed.
 
-    `epoch` fences: each claim raises it, and closing is `WHERE epoch = mine`.
+    `epoch` fences: each claim raises it, and closing is `WHERE epoch = mine`. `holder` stays when
+    a worker dies, and is empty after an attempt that ended by itself.
     """
 
     __tablename__ = "batches"
@@ -122,7 +123,14 @@ class Batch(Base):
     lease_until: Mapped[float] = mapped_column(Float, default=0.0)
     reserved_microusd: Mapped[int] = mapped_column(_BIG, default=0)
     next_attempt_at: Mapped[float] = mapped_column(Float, default=0.0)
+    # When it closes, by answers or not; moved on by time in which nobody could answer, but never
+    # past `close_latest`.
     close_by: Mapped[float | None] = mapped_column(Float)
+    close_latest: Mapped[float | None] = mapped_column(Float)
+    # Attempts in a row that found the teacher away.
+    away: Mapped[int] = mapped_column(Integer, default=0)
+    # Attempts whose worker died, or lost its lease.
+    crashes: Mapped[int] = mapped_column(Integer, default=0)
     answers: Mapped[int] = mapped_column(Integer, default=0)
     rejected: Mapped[int] = mapped_column(Integer, default=0)
     closed_at: Mapped[float | None] = mapped_column(Float)

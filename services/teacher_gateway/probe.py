@@ -110,7 +110,7 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         CALLS.labels("answered" if isinstance(outcome, Answered) else "probe_failed").inc()
         unfit = judge(outcome, resolved.spec, chat, expected)
         with transaction(context.engine) as session:
-            _book(session, pipeline_id, charge_id, outcome, resolved, worst)
+            book(session, pipeline_id, charge_id, outcome, resolved, worst)
             failed = _decide(session, context, pipeline_id, attempt, outcome, unfit)
     if failed:
         finish_stopping(context.engine, context.store, pipeline_id)
@@ -246,7 +246,7 @@ def _judge_logprobs(body: str, name: str, k: int, chat: ChatTokenizer) -> Unfit 
     return None
 
 
-def _book(
+def book(
     session: Session,
     pipeline_id: str,
     charge_id: str,

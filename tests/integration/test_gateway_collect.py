@@ -11,9 +11,10 @@ import pytest
 from sqlalchemy import select
 
 from services.teacher_gateway.claims import MOST_CRASHES
-from services.teacher_gateway.database import transaction
-from services.teacher_gateway.ledger import Line, settle
+from services.teacher_gateway.database import DatabaseUnavailable, transaction
+from services.teacher_gateway.dispatch import reap
 from services.teacher_gateway.models import Batch, History, Pipeline
+from stillhouse.chassis.errors import RetryableError, StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.responses import ResponsesClosed
 from stillhouse.embedded.parts import Store
@@ -150,10 +151,14 @@ def test_stored_parts_are_not_asked_again(
     world = make_world(store, url, tenant, teacher.url, items=40, concurrency=1)
     assert collect_in_process(Where(url, store_part), world, crash_at="part_stored:2") == 137
     first = [r["marker"] for r in teacher.requests]
+    world.expire()
+    with transaction(world.engine) as session:
+        assert reap(session) == 1  # as the clock does, before anyone claims it again
     world.collect_until_closed()
     again = [r["marker"] for r in teacher.requests[len(first) :]]
     assert len(again) == 40 - 32
     assert not set(first[:32]) & set(again)
+    assert world.batch().crashes == 1
 
 
 def test_a_late_writer_is_fenced_and_its_answers_are_listed(
@@ -188,6 +193,10 @@ ALWAYS = [
     (Fault("rate_limited", retry_after=0.01), "teacher_rate_limited", False),
     (Fault("status", status=500), "teacher_error", False),
     (Fault("status", status=503), "teacher_error", False),
+    (Fault("status", status=502, billed=True), "teacher_error", True),
+    (Fault("status", status=504, billed=True), "teacher_error", True),
+    (Fault("status", status=408, billed=True), "teacher_timeout", True),
+    (Fault("status", status=401), "teacher_error", False),
     (Fault("status", status=400), "refused_by_teacher", False),
     (Fault("redirect"), "teacher_invalid", False),
     (Fault("invalid_json"), "teacher_invalid", True),
@@ -226,7 +235,8 @@ def test_every_misbehaviour_ends_as_a_counted_rejection(
     (rejection,) = world.manifest().rejections
     assert (rejection.stage, rejection.reason) == ("collect", reason)
     assert rejection.detail
-    assert world.charged(*SETTLED) == billed(teacher, world)
+    # Beside the answers, a question whether the teacher is there may be paid.
+    assert world.charged("answers") == billed(teacher, world)
     assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
     assert (world.charged(*LISTED) > 0) is costs
     assert world.pipeline().reserved_microusd == 0
@@ -272,20 +282,116 @@ def test_a_long_retry_after_becomes_a_row_and_not_a_sleep(
     assert row.state == "waiting"
     assert 490 < row.next_attempt_at - clock < 520
     assert row.reserved_microusd == 0
-    assert len(teacher.requests) == 3
+    assert len(teacher.requests) == 3 + 1  # the items, and whether anybody is there
     world.collect()  # its time has not come
-    assert len(teacher.requests) == 3
+    assert len(teacher.requests) == 3 + 1
 
 
-def test_an_unreachable_teacher_ends_as_rejections(
+def attempts(world: World, count: int) -> None:
+    for _ in range(count):
+        world.expire()
+        world.collect()
+
+
+def test_an_unreachable_teacher_costs_no_item_before_the_last_deadline(
     store: ObjectStore, tmp_path: Path, tenant: str
 ) -> None:
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
-    world = make_world(store, url, tenant, "http://127.0.0.1:9/v1", items=3)
-    world.collect_until_closed()
-    assert world.outcomes() == {"teacher_unreachable": 3}
+    world = make_world(store, url, tenant, "http://127.0.0.1:9/v1", items=3, close_deadline_hours=1)
+    attempts(world, 3 * FAST.attempts)
+    assert world.outcomes() == {"pending": 3}
+    assert {item.attempts for item in world.items()} == {0}
+    row = world.batch()
+    assert (row.state, row.away) == ("waiting", 3 * FAST.attempts)
+    assert row.close_by is not None
+    assert row.close_latest is not None
+    # The time away is left out of the deadline, up to twice the deadline in all.
+    first = row.close_latest - 2 * 3600
+    assert first + 3600 + 5 < row.close_by < row.close_latest
+    world.set(Batch, close_by=row.close_latest - 1)
+    attempts(world, 1)
+    assert world.batch().close_by == row.close_latest
+    world.set(Batch, close_by=1.0, close_latest=1.0)
+    attempts(world, 1)
+    assert world.outcomes() == {"closed_by_deadline": 3}
+    assert "the teacher was away" in world.manifest().rejections[0].detail
     assert world.manifest().parts == []
     assert world.pipeline().spent_microusd == 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", status=503),
+        Fault("status", status=504, billed=True),
+        Fault("rate_limited", retry_after=0.01),
+        Fault("closed"),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.status}",
+)
+def test_an_outage_in_the_middle_costs_no_item_and_little_money(
+    fault: Fault, store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=6, concurrency=2)
+    teacher.script(Fault("status", status=500, match="[0/4]"), Fault("status", match="[0/5]"))
+    attempts(world, 1)
+    assert world.outcomes() == {"answered": 4, "pending": 2}
+    teacher.forgive()
+    teacher.script(fault)
+    attempts(world, 1)
+    before = len(teacher.requests)
+    attempts(world, 3 * FAST.attempts)
+    # While it is away, an attempt asks nothing but whether somebody is there.
+    assert len(teacher.requests) - before == 3 * FAST.attempts
+    assert world.outcomes() == {"answered": 4, "pending": 2}
+    teacher.forgive()
+    attempts(world, 1)
+    assert world.outcomes() == {"answered": 6}
+    assert world.batch().away == 0
+    assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
+    assert world.charged("answers") == billed(teacher, world)
+    world.check_books()
+
+
+def test_an_item_that_nobody_answers_does_not_hold_its_batch_up(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    teacher.script(Fault("status", status=500, match="[0/"))
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3)
+    assert world.collect_until_closed() == FAST.attempts
+    assert world.outcomes() == {"teacher_error": 3}
+
+
+def test_a_store_that_is_down_stops_the_deadline(
+    store: ObjectStore,
+    tmp_path: Path,
+    tenant: str,
+    teacher: Teacher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def down(*_: object) -> None:
+        raise StoreUnavailable("down")
+
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3, close_deadline_hours=1)
+    for where in ("_write_manifest", "read_batch"):
+        before = world.batch().close_by
+        with monkeypatch.context() as patched:
+            patched.setattr(f"services.teacher_gateway.collect.{where}", down)
+            world.expire()
+            with pytest.raises(StoreUnavailable):
+                world.collect()
+        row = world.batch()
+        assert row.close_by is not None
+        assert row.close_latest is not None
+        start = before or row.close_latest - 3600
+        assert row.close_by >= start + FAST.batch_backoff
+        assert row.state == "waiting"
+    assert world.outcomes() == {"answered": 3}  # what was stored is settled
+    world.collect_until_closed()
+    assert len(teacher.requests) == 3
 
 
 def test_the_deadline_closes_what_is_left(
@@ -304,12 +410,53 @@ def test_a_batch_that_kills_its_workers_is_given_up(
 ) -> None:
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
     world = make_world(store, url, tenant, teacher.url, items=3)
-    lines = [Line(f"crash:0:{n}", "unknown", 0, 0, n) for n in range(MOST_CRASHES)]
-    with transaction(world.engine) as session:
-        settle(session, world.pipeline_id, lines, release=0)
+    world.set(Batch, crashes=MOST_CRASHES - 1, holder="dead", attempt=1)
     world.collect()
     assert world.outcomes() == {"worker_lost": 3}
     assert teacher.requests == []
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("collect._write_manifest", StoreUnavailable("down")),
+        ("collect.close_series", StoreUnavailable("down")),
+        ("books.Books.adopt", DatabaseUnavailable("locked")),
+        ("books.Books.renew", DatabaseUnavailable("locked")),
+    ],
+)
+def test_an_attempt_that_the_store_or_the_database_ended_killed_nobody(
+    where: str,
+    error: RetryableError,
+    store: ObjectStore,
+    tmp_path: Path,
+    tenant: str,
+    teacher: Teacher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def down(*_: object) -> None:
+        raise error
+
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    world = make_world(store, url, tenant, teacher.url, items=3)
+    # One worker did die before, and had reserved for its calls.
+    world.set(Batch, holder="dead", attempt=1, reserved_microusd=300, batch=0)
+    world.set(Pipeline, reserved_microusd=300)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"services.teacher_gateway.{where}", down)
+        for _ in range(MOST_CRASHES + 1):
+            world.expire()
+            with pytest.raises(type(error)):
+                world.collect()
+            world.check_books()
+    world.collect_until_closed()
+    assert world.outcomes() == {"answered": 3}
+    assert len(teacher.requests) == 3
+    assert world.batch().crashes == 1
+    if where != "books.Books.renew":  # it breaks off where it may have asked
+        assert world.charged(*LISTED) == 300
+    assert world.pipeline().reserved_microusd == 0
+    world.check_books()
 
 
 def test_a_budget_is_used_up_and_never_exceeded(

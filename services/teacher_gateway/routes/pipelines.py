@@ -334,6 +334,13 @@ def _view(session: Session, pipeline: Pipeline) -> PipelineView:
         .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.state == "closed")
     ).scalar_one()
     figures = json.loads(pipeline.figures)
+    away = session.execute(
+        select(func.count())
+        .select_from(Batch)
+        .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.state != "closed", Batch.away > 0)
+    ).scalar_one()
+    if away:
+        figures.setdefault("collect", {})["batches_teacher_away"] = away
     return PipelineView(
         **{**_summary(pipeline), "rows": by_outcome.get("row", 0)},
         stages={

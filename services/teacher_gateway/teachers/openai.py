@@ -155,30 +155,35 @@ class OpenAITeacher:
                     )
                 return self.judge(response.status, response.headers, body)
         except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
-            return Retry(reasons.TEACHER_UNREACHABLE, f"no connection: {error}"[:300])
+            return Retry(reasons.TEACHER_UNREACHABLE, f"no connection: {error}"[:300], away=True)
         except TimeoutError:
-            return Retry(reasons.TEACHER_TIMEOUT, f"no answer in {deadline:.0f} s", lost=True)
+            return Retry(
+                reasons.TEACHER_TIMEOUT, f"no answer in {deadline:.0f} s", lost=True, away=True
+            )
         except (aiohttp.ClientError, OSError) as error:
             return Retry(
                 reasons.TEACHER_ERROR,
                 f"the connection broke: {type(error).__name__}: {error}"[:300],
                 lost=True,
+                away=True,
             )
 
     def judge(self, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Decide what a reply means."""
         if status == 429:
-            return Retry(
-                reasons.TEACHER_RATE_LIMITED, _said(body), after=retry_after(headers, time.time())
-            )
+            after = retry_after(headers, time.time())
+            return Retry(reasons.TEACHER_RATE_LIMITED, _said(body), after=after, away=True)
         if status == 408:
-            return Retry(reasons.TEACHER_TIMEOUT, f"status {status}: {_said(body)}", lost=True)
+            return Retry(
+                reasons.TEACHER_TIMEOUT, f"status {status}: {_said(body)}", lost=True, away=True
+            )
         if status >= 500 or status in _LATER:
             return Retry(
                 reasons.TEACHER_ERROR,
                 f"status {status}: {_said(body)}",
                 after=retry_after(headers, time.time()) if status == 503 else None,
                 lost=status in _MAYBE_BILLED,
+                away=status >= 500,
             )
         if status >= 400:
             return Reject(reasons.REFUSED_BY_TEACHER, f"status {status}: {_said(body)}")

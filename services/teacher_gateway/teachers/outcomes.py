@@ -25,13 +25,15 @@ class Answered:
 class Retry:
     """No answer now, perhaps later; `after` are the seconds that the teacher asked for.
 
-    `lost`: the teacher may have computed and billed an answer that did not arrive.
+    `lost`: the teacher may have computed and billed an answer that did not arrive. `away`: it is
+    perhaps not this item: as if nobody were there, or had no time for anybody.
     """
 
     reason: str
     detail: str
     after: float | None = None
     lost: bool = False
+    away: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from sqlalchemy import select
 
-from services.teacher_gateway.database import reading
+from services.teacher_gateway.database import reading, transaction
 from services.teacher_gateway.keys import create_key
-from services.teacher_gateway.models import Audit, Pipeline
+from services.teacher_gateway.models import Audit, Batch, Pipeline
 from stillhouse.chassis.storage import ObjectStore
 from tests.support.gateway_api import Api, asgi_client, posted_spec, weights_folder, write_prompts
 
@@ -427,3 +427,24 @@ def test_requests_are_counted_by_the_route_and_not_by_the_id(client: httpx.Clien
     assert any('route="/v1/pipelines/{pipeline_id}"' in line for line in counted)
     assert any('route="unmatched"' in line for line in counted)
     assert not any("pl-one" in line or "wp-admin" in line for line in text.splitlines())
+
+
+def test_a_pipeline_whose_teacher_is_away_says_so(client: httpx.Client, small: Api) -> None:
+    url = client.post("/v1/pipelines", json=posted_spec(small.files)).headers["Location"]
+    pipeline_id = url.rsplit("/", 1)[1]
+    assert client.get(url).json()["stages"]["collect"]["figures"] == {}
+    with transaction(small.engine) as session:
+        for number, (state, away) in enumerate([("waiting", 3), ("waiting", 0), ("closed", 2)]):
+            session.add(
+                Batch(
+                    pipeline_id=pipeline_id,
+                    batch=number,
+                    tenant_id=small.tenant,
+                    split="train",
+                    items=1,
+                    prompts="{}",
+                    state=state,
+                    away=away,
+                )
+            )
+    assert client.get(url).json()["stages"]["collect"]["figures"] == {"batches_teacher_away": 1}

@@ -243,3 +243,73 @@ def test_a_wait_beyond_the_attempt_is_not_slept() -> None:
     assert [(gone.reason, gone.after) for gone in result.given_up] == [
         ("teacher_rate_limited", 60.0)
     ]
+
+
+AWAY = Retry("teacher_error", "status 503", away=True)
+
+
+def ask_with_question(
+    ask: Teacher, answer: Retry | None, *, suspect: bool = False, count: int = 3, **times: Any
+) -> tuple[Result, int]:
+    """Run an attempt with a question that has this answer; return how often it was asked too."""
+    asked = 0
+
+    async def question(*, deadline: float) -> Retry | None:
+        nonlocal asked
+        asked += 1
+        assert 0 < deadline <= TIMES.call
+        return answer
+
+    async def main() -> Result:
+        made = Attempt(
+            ask,
+            Books(),
+            price=Price(input=1, output=1),
+            times=dataclasses.replace(TIMES, **times),
+            concurrency=4,
+            call_seconds=TIMES.call,
+            started=time.monotonic(),
+            rng=random.Random(1),
+            question=question,
+            suspect=suspect,
+        )
+        return await asyncio.wait_for(made.run(items(count)), 10)
+
+    return asyncio.run(main()), asked
+
+
+def test_only_silence_raises_the_question_whether_the_teacher_is_away() -> None:
+    silent = {f"i_{n}": [AWAY] for n in range(3)}
+    refused = Retry("teacher_error", "status 401")
+    for outcomes, answer, questions, away in (
+        ({}, AWAY, 0, None),
+        (silent, AWAY, 1, AWAY),
+        (silent, None, 1, None),
+        ({**silent, "i_0": [refused]}, AWAY, 0, None),
+        ({**silent, "i_0": [Reject("refused_by_teacher", "no")]}, AWAY, 0, None),
+        ({"i_0": [AWAY]}, AWAY, 0, None),  # the others are answered
+    ):
+        result, asked = ask_with_question(Teacher(**outcomes), answer)
+        assert (asked, result.away) == (questions, away)
+
+
+def test_without_a_connection_no_question_is_needed() -> None:
+    gone = Retry("teacher_unreachable", "no connection", away=True)
+    result, asked = ask_with_question(Teacher(i_0=[gone]), None, count=1)
+    assert (asked, result.away) == (0, gone)
+
+
+def test_after_an_attempt_without_a_teacher_the_question_goes_first() -> None:
+    ask = Teacher()
+    result, asked = ask_with_question(ask, AWAY, suspect=True)
+    assert (asked, result.away, ask.calls, result.given_up) == (1, AWAY, [], [])
+    result, asked = ask_with_question(ask, None, suspect=True)
+    assert (asked, result.away, len(result.answers)) == (1, None, 3)
+
+
+def test_where_no_time_is_left_to_ask_the_next_attempt_does() -> None:
+    for suspect, away in ((False, AWAY), (True, None)):
+        result, asked = ask_with_question(
+            Teacher(i_0=[AWAY]), None, suspect=suspect, count=1, attempt=0.9
+        )
+        assert (asked, result.away) == (int(suspect), away)

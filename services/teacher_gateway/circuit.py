@@ -1,0 +1,61 @@
+"""Is the teacher away, or is it these items? One short question between two attempts tells.
+
+An item that nobody answers looks like a teacher that is away, and the other way round: the first
+must end as a rejection, the second must cost no item. So where an attempt met only silence, the
+probe's question is asked; and while the teacher is away each attempt begins with it, so that an
+outage is billed for no more than that. It is in the ledger like the probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from services.teacher_gateway.batch_input import BatchInput, prompt_tokens_bound, read_tokenizer
+from services.teacher_gateway.claims import Claim
+from services.teacher_gateway.context import Context
+from services.teacher_gateway.counters import CALLS
+from services.teacher_gateway.database import transaction
+from services.teacher_gateway.ledger import Line, cost_microusd, settle
+from services.teacher_gateway.probe import PROBE_MESSAGES, PROBE_TOKENS, book
+from services.teacher_gateway.teachers.openai import OpenAITeacher
+from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Retry
+
+
+class TeacherQuestion:
+    """`asking.Question` to one teacher, on the account of one attempt."""
+
+    def __init__(
+        self, context: Context, claim: Claim, given: BatchInput, client: OpenAITeacher
+    ) -> None:
+        self._context = context
+        self._claim = claim
+        self._resolved = given.resolved
+        self._client = client
+        self._asked = 0
+
+    async def __call__(self, *, deadline: float) -> Retry | None:
+        self._asked += 1
+        charge_id = f"probe:{self._claim.batch}:{self._claim.attempt}:{self._asked}"
+        worst = await asyncio.to_thread(self._book, charge_id)
+        if worst is None:
+            return None  # no money to ask: the items' own failures count
+        outcome = await self._client.ask(
+            PROBE_MESSAGES, seed_of=charge_id, deadline=deadline, max_tokens=PROBE_TOKENS
+        )
+        CALLS.labels("answered" if isinstance(outcome, Answered) else outcome.reason).inc()
+        await asyncio.to_thread(self._settle, charge_id, outcome, worst)
+        return outcome if isinstance(outcome, Retry) and outcome.away else None
+
+    def _book(self, charge_id: str) -> int | None:
+        chat = read_tokenizer(self._context.store, self._resolved.tokenizer)
+        tokens = prompt_tokens_bound(chat, PROBE_MESSAGES)
+        worst = cost_microusd(self._resolved.teacher.usd_per_million, tokens, PROBE_TOKENS)
+        claim = self._claim
+        detail = "a question whether the teacher is there, whose answer is not known"
+        line = Line(charge_id, "unknown", worst, claim.batch, claim.attempt, 0, detail)
+        with transaction(self._context.engine) as session:
+            return worst if settle(session, claim.pipeline_id, [line], release=0) else None
+
+    def _settle(self, charge_id: str, outcome: Outcome, worst: int) -> None:
+        with transaction(self._context.engine) as session:
+            book(session, self._claim.pipeline_id, charge_id, outcome, self._resolved, worst)
