@@ -188,7 +188,7 @@ class Stack:
                 )
                 self._supervisor.stop()
                 self._state = "stopped"
-                with contextlib.suppress(OSError):  # a full disk: nothing runs any more all the same
+                with contextlib.suppress(OSError):  # a full disk: all is stopped all the same
                     self._write_state()
                 self._supervisor.close()
                 with contextlib.suppress(OSError):
