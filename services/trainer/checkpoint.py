@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from services.trainer.student import open_folder, write_model
+from services.trainer.student import open_folder, write_model, write_tensors
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import DigestMismatch, MissingObject, PermanentError
 from stillhouse.chassis.logs import logger
@@ -75,7 +75,7 @@ def write_snapshot(
     folder.mkdir(parents=True)
     files = write_model(model, folder)
     if optimizer and not final:
-        save_file({k: v.contiguous() for k, v in optimizer.items()}, folder / _TENSORS[1])
+        write_tensors({k: v.contiguous() for k, v in optimizer.items()}, folder / _TENSORS[1])
         files.append(_TENSORS[1])
     (folder / "cursor.json").write_bytes(canonical_json(cursor.model_dump(mode="json")))
     files.append("cursor.json")

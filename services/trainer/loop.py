@@ -34,6 +34,8 @@ from stillhouse.contracts.trainings import Cursor, LedgerEntry
 log = logger(__name__)
 
 MAX_CRASHES = 20  # holders in a row that died without moving HEAD: then the training is the cause
+MAX_FAULTS = 3  # the same for holders that met an error which nobody foresaw
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOOK_AGAIN = 0.5  # seconds between two looks for a missing shard
 
 
@@ -91,12 +93,12 @@ class TrainingRun:
             advice = "lower TRAINER_MICRO_BATCH_TOKENS and start the pipeline again"
             outcome = self._fail("out_of_memory", f"{error}; {advice}")
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
                 log.error("no space left for a checkpoint", folder=str(self._tools.scratch))
                 outcome = Outcome.RETRY
-            else:  # a fault of this program, which would meet every other trainer too
-                log.exception("training failed")
-                outcome = self._fail("trainer_error", f"{type(error).__name__}: {error}")
+            else:
+                log.exception("training broken off")
+                outcome = self._break_off(error)
         kept = outcome in (Outcome.STARVED, Outcome.HANDED_OVER)
         if not kept or self.session is None or not self.session.saved:
             self.session = None
@@ -311,6 +313,20 @@ class TrainingRun:
         session.cursor = end.cursor
         self._saver.save(session, "final")
         self._saver.finish()
+
+    def _break_off(self, error: Exception) -> Outcome:
+        """A fault of the program or of this machine: the next holder may get past it. One that
+        MAX_FAULTS holders in a row met is the training's."""
+        hold = self._hold
+        crashes = hold.lease.state.crashes + 1
+        if crashes >= MAX_FAULTS:
+            return self._fail("trainer_error", f"{type(error).__name__}: {error}")
+        try:
+            hold.persist(lambda: hold.lease.update(crashes=crashes))
+        except (LeaseLost, RetryableError) as failure:
+            log.warning("the fault is not counted", why=str(failure))
+            return Outcome.LOST
+        return Outcome.RETRY
 
     def _fail(self, reason: str, detail: str) -> Outcome:
         """Store and publish an error that will not heal."""

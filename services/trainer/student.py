@@ -11,12 +11,14 @@ prompts (ShortGPT, arXiv 2403.03853).
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -180,8 +182,20 @@ def write_model(model: nn.Module, folder: Path) -> list[str]:
     write_json(folder / "config.json", fields)
     # named_parameters yields a tied parameter once, under the embedding's name.
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / "model.safetensors")
     return ["config.json", "model.safetensors"]
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError with its number where the disk took it not:
+    safetensors tells a full disk in words only."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), f"{path} was not written: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

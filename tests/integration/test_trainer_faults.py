@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from services.trainer import checkpoint
+from services.trainer.loop import TrainingRun
 from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
@@ -384,6 +385,35 @@ def test_a_full_disk_costs_no_bits(
     trainer.stopping.wait(trainer._times.retry)
     bench.drain(trainer)  # it looks again by itself
     assert tensors_digest(head_of(bench.store, resolved)) == tensors_digest(undisturbed)
+
+
+def test_an_error_that_nobody_foresaw_is_tried_again_and_ends_a_training_at_the_third_time(
+    bench: Bench, tenant: str, monkeypatch: pytest.MonkeyPatch, undisturbed: CheckpointManifest
+) -> None:
+    resolved = spec_of(bench, tenant)
+    wake, _ = start(bench, resolved)
+    step, left = TrainingRun._step, [2]
+
+    def shaky(self: TrainingRun, *given: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("the device hiccuped")
+        step(self, *given)
+
+    monkeypatch.setattr(TrainingRun, "_step", shaky)
+    trainer = bench.run(wake)
+    for _ in range(2):
+        trainer.stopping.wait(trainer._times.retry)
+        bench.drain(trainer)
+    assert tensors_digest(head_of(bench.store, resolved)) == tensors_digest(undisturbed)
+    other = spec_of(bench, f"{tenant}-b")
+    wake, _ = start(bench, other)
+    left[0] = 100
+    trainer = bench.run(wake)
+    for _ in range(2):
+        trainer.stopping.wait(trainer._times.retry)
+        bench.drain(trainer)
+    assert state_of(bench.store, other).failed.startswith("trainer_error: RuntimeError")
 
 
 def test_a_training_whose_holders_keep_dying_is_given_up(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from services.trainer.student import (
     open_reference,
     prune,
     write_model,
+    write_tensors,
 )
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.model_folder import CONFIG_FIELDS
@@ -174,3 +178,16 @@ def test_an_optimiser_refuses_the_state_of_another_model(folder: Path, tmp_path:
     optimizer.step(1e-3)
     with pytest.raises(PermanentError, match="do not fit"):
         Optimizer(open_folder(folder), Training()).load(optimizer.state(), 1)
+
+
+def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heed = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OSError, match="was not written") as caught:
+            write_tensors({"a": torch.zeros(1 << 16)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heed)
+    assert caught.value.errno == errno.EFBIG
