@@ -18,6 +18,7 @@ from services.dataset_builder.records import Draft
 from services.dataset_builder.steps.align import slots, support
 from services.dataset_builder.vocabulary import Vocabulary
 from stillhouse.chassis.errors import PermanentError
+from stillhouse.contracts import shards as contract
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.canonical import canonical_json, digest_of, sha256_hex
 from stillhouse.contracts.events import ShardWritten
@@ -85,13 +86,9 @@ def encode_shard(header: ShardHeader, rows: Sequence[Draft]) -> bytes:
 def read_header(data: bytes) -> ShardHeader:
     """Read the header out of a shard's bytes. Raises PermanentError where there is none."""
     try:
-        metadata = pq.read_schema(pa.BufferReader(data)).metadata or {}
-        return ShardHeader.model_validate_json(metadata[METADATA_KEY])
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise PermanentError(
-            f"expected a shard with a header, found {len(data)} bytes without: {error}",
-            reason="shard_unreadable",
-        ) from error
+        return contract.read_header(data)
+    except ValueError as error:
+        raise PermanentError(str(error), reason="shard_unreadable") from error
 
 
 def read_column(data: bytes, name: str) -> list[Any]:

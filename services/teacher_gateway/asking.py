@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from services.teacher_gateway import reasons
-from services.teacher_gateway.counters import CALL_SECONDS, CALLS
+from services.teacher_gateway.counters import CALL_SECONDS, CALLS, TOKENS
 from services.teacher_gateway.ledger import cost_microusd
 from services.teacher_gateway.parts import PART_ANSWERS, PART_SECONDS, encode_part
 from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
@@ -269,6 +269,9 @@ class Attempt:
         outcome = await self._ask(item.messages, seed_of=item.item_id, deadline=self._call_seconds)
         CALL_SECONDS.observe(time.monotonic() - started)
         CALLS.labels("answered" if isinstance(outcome, Answered) else outcome.reason).inc()
+        if isinstance(outcome, Answered):
+            TOKENS.labels("prompt").inc(outcome.usage.prompt_tokens)
+            TOKENS.labels("completion").inc(outcome.usage.completion_tokens)
         crash_point("answer_received")
         return outcome
 

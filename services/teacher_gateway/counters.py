@@ -9,6 +9,11 @@ CALLS = Counter(
     "Calls of teachers by outcome: answered, or the reason why not",
     ["outcome"],
 )
+TOKENS = Counter(
+    "stillhouse_teacher_gateway_tokens_total",
+    "Tokens of answered calls as the teacher counted them, by kind: prompt or completion",
+    ["kind"],
+)
 CALL_SECONDS = Histogram(
     "stillhouse_teacher_gateway_call_seconds",
     "Duration of calls of teachers",
