@@ -26,4 +26,4 @@ def test_the_spec_is_valid_once_its_places_are_filled():
     )
     spec = Spec.model_validate(yaml.safe_load(filled))
     assert spec.start == "after_student"
-    assert spec.student.layers == 24
+    assert spec.student.layers == 22
