@@ -254,6 +254,8 @@ class Stack:
             argv=tuple(weed.command(data, self._s3_config(), runtime, ports)),
             env=weed.environment(data),
             probe=weed.probe(self._store),
+            # Once its disk was full, its filer refuses every write until it is started again.
+            deaf_seconds=60,
             address=self._store.endpoint_url,
             cwd=data,
             start_order=_START["part"],

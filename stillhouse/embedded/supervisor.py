@@ -32,6 +32,7 @@ FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 15.0
 STABLE_SECONDS = 30.0
 TRIES_BEFORE_READY = 3
+_ASK_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _LOG_LIMIT_BYTES = 20 << 20
 
@@ -46,7 +47,8 @@ class ProcessSpec:
 
     Rows with the same `start_order` start together and the next ones wait until they are ready;
     stopping goes through `stop_order` in the same way. `fresh_folders` are emptied before each
-    start, `after_exit` tidies up after each end.
+    start, `after_exit` tidies up after each end. A process with `deaf_seconds` is killed and
+    started again when its probe has failed for so long: it may live and not work.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ProcessSpec:
     stop_seconds: float = 10.0
     fresh_folders: tuple[Path, ...] = ()
     after_exit: Callable[[], None] | None = field(default=None, repr=False)
+    deaf_seconds: float | None = None
 
 
 @dataclass
@@ -72,6 +75,8 @@ class _Running:
     restarts: int = 0
     deaths_in_a_row: int = 0
     restart_at: float | None = None
+    heard_at: float = 0.0  # when its probe last went well, and is to be asked again
+    ask_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,10 +188,26 @@ class Supervisor:
             if running.restart_at is None:
                 if running.process.poll() is not None:
                     self._note_death(running, now)
+                elif running.ready and running.spec.deaf_seconds is not None:
+                    self._listen(running, now, running.spec.deaf_seconds)
             elif now >= running.restart_at:
                 self._restart(running)
         if self._unwritten:
             self._changed()
+
+    def _listen(self, running: _Running, now: float, deaf_seconds: float) -> None:
+        """Ask a process now and then whether it works; kill one that has not for too long."""
+        if now < running.ask_at:
+            return
+        running.ask_at = now + _ASK_SECONDS
+        try:
+            running.spec.probe()
+        except NotReadyError as error:
+            if now - max(running.heard_at, running.since) > deaf_seconds:
+                self._say(f"{running.spec.name} does not work: {error}; it is started again")
+                kill_group(running.process)
+        else:
+            running.heard_at = time.monotonic()
 
     def _changed(self) -> None:
         """Have the table written down; on a full disk, again and again until there is room: the

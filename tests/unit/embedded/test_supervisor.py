@@ -217,3 +217,26 @@ def test_a_full_disk_ends_no_process(tmp_path, said):
     finally:
         one.stop()
         one.close()
+
+
+def test_a_process_that_lives_and_does_not_work_is_started_again(
+    supervisor, tmp_path, said, monkeypatch
+):
+    monkeypatch.setattr("stillhouse.embedded.supervisor._ASK_SECONDS", 0.05)
+    works = [True]
+
+    def probe():
+        if not works[0]:
+            raise NotReadyError("it refuses every write")
+
+    supervisor.start([spec("store", probe=probe, deaf_seconds=0.3)])
+    first = supervisor.states()["store"].pid
+    works[0] = False
+
+    def restarted():
+        supervisor.tend()
+        works[0] = works[0] or not alive(first)
+        return supervisor.states()["store"].pid != first
+
+    until(restarted)
+    assert any("it refuses every write" in line for line in said)
