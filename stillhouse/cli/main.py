@@ -2,12 +2,13 @@
 cancel up`.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage. With --json standard output carries JSON and
-nothing else. An error is one sentence on standard error that says what to do; add --debug to any
-command for its traceback.
+nothing else, on an error an object with `error` and what the gateway answered. Else an error is one
+sentence on standard error that says what to do; add --debug to any command for its traceback.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -17,7 +18,14 @@ from typing import Annotated
 import typer
 
 from stillhouse.cli import specs, views, watch
-from stillhouse.cli.client import ENDED, Client, Json, StillhouseClientError, new_key
+from stillhouse.cli.client import (
+    ENDED,
+    Client,
+    Json,
+    StillhouseApiError,
+    StillhouseClientError,
+    new_key,
+)
 from stillhouse.cli.connection import DEFAULT_ROOT, connect
 from stillhouse.cli.screen import Screen
 
@@ -112,19 +120,20 @@ def submit(
         document = specs.upload_inputs(client, document)
         created = client.submit(document, idempotency_key=new_key() if new else None)
         pipeline_id = created["pipeline_id"]
-        if watching:
-            _follow(client, screen, pipeline_id)
-            return
-        if as_json:
+        if as_json and not watching:
             screen.data(created)
             return
-        screen.line(pipeline_id)
+        if not watching:
+            screen.line(pipeline_id)
         state = client.status(pipeline_id)["state"]
-        screen.progress(
-            f"this spec ran before and is {state}; `--new` runs it again"
-            if state in ENDED
-            else f"follow it with `stillhouse status {pipeline_id} --watch`"
-        )
+        if state in ENDED:
+            screen.progress(
+                f"this spec ran before as {pipeline_id} and is {state}; `--new` runs it again"
+            )
+        elif not watching:
+            screen.progress(f"follow it with `stillhouse status {pipeline_id} --watch`")
+        if watching:
+            _follow(client, screen, pipeline_id)
 
 
 @app.command()
@@ -225,7 +234,7 @@ def rejections(
     elif found:
         screen.table(views.rejections_table(found))
     else:
-        screen.line("nothing was rejected")
+        screen.line(f"nothing was rejected as {reason}" if reason else "nothing was rejected")
 
 
 @app.command()
@@ -284,7 +293,12 @@ def cancel(
     if as_json:
         screen.data(found)
     else:
-        screen.line(f"{pipeline_id}: {found['state']}")
+        ends = found["state"] in ENDED
+        screen.line(
+            f"{pipeline_id} is {found['state']}"
+            if ends
+            else f"{pipeline_id} will be cancelled once what it reserved is settled"
+        )
 
 
 @app.command()
@@ -374,7 +388,11 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"stillhouse: {_sentence(error)}", file=sys.stderr)
+        if "--json" in words:
+            problem = error.problem if isinstance(error, StillhouseApiError) else {}
+            print(json.dumps({"error": _sentence(error), **problem}))
+        else:
+            print(f"stillhouse: {_sentence(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -106,7 +106,7 @@ def figures_table(report: Json) -> Table:
     for label, name in (
         ("teacher (noise floor)", "teacher"),
         ("untrained student", "untrained"),
-        ("trained student", "model"),
+        ("trained student" if report["step"] else "untrained student", "model"),
     ):
         figures = report.get(name)
         if figures:

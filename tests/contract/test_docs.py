@@ -218,3 +218,11 @@ def test_links_and_paths_in_the_documents_lead_somewhere(path: Path) -> None:
 def test_documents_are_ascii() -> None:
     for path in [ROOT / "README.md", *DOCS.rglob("*.md"), ROOT / "tests" / "README.md"]:
         assert path.read_text().isascii(), path.name
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda path: path.name
+)
+def test_no_place_was_left_to_be_filled_in(path: Path) -> None:
+    left = re.findall(r"\b[A-Z]+_WHEN\b|\bTESTTIME\b|\bTODO\b|^[A-Z]{4,}$", path.read_text(), re.M)
+    assert not left

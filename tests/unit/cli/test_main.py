@@ -73,7 +73,16 @@ def test_submitting_a_spec_that_ended_says_how_to_run_it_again(
 ) -> None:
     gateway.states = ["failed"]
 
-    assert "ran before and is failed; `--new` runs it again" in run("submit", "spec.yaml").err
+    said = "ran before as pl-1 and is failed; `--new` runs it again"
+    assert said in run("submit", "spec.yaml").err
+    assert said in run("submit", "spec.yaml", "--watch").err
+
+
+def test_an_error_with_json_is_json_on_standard_output(run: Run, gateway: FakeGateway) -> None:
+    gateway.states = ["failed"]
+    said = run("check", "no-such-file.yaml", "--json")
+    assert "no-such-file.yaml" in json.loads(said.out)["error"]
+    assert said.err == ""
 
 
 def test_a_watched_pipeline_ends_with_its_outcome(run: Run, gateway: FakeGateway) -> None:
@@ -163,7 +172,7 @@ def test_pull_makes_the_folder_and_prints_where(run: Run, tmp_path: Path) -> Non
 
 
 def test_cancel_says_what_became_of_it(run: Run) -> None:
-    assert run("cancel", "pl-1").out == "pl-1: cancelled\n"
+    assert run("cancel", "pl-1").out == "pl-1 is cancelled\n"
 
 
 @pytest.mark.parametrize(
