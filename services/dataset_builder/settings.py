@@ -9,11 +9,11 @@ from pydantic import Field
 from stillhouse.chassis.jobs import Timeouts
 from stillhouse.chassis.settings import ServiceSettings
 
-# A worker that died gives its batch back when its job's time is over, so embedded is short. A row
+# A batch whose worker died is built again when its job's time is over, so embedded is short. A row
 # of 512 tokens takes about 60 ms at k = 20, so the largest batch that a spec may ask for
-# (spec.MAX_BATCH_TOKENS) about 60 s.
+# (spec.MAX_BATCH_TOKENS) about 24 s.
 TIMEOUTS: dict[str, Timeouts] = {
-    "embedded": Timeouts(job=120, visibility=400),
+    "embedded": Timeouts(job=40, visibility=130),
     "deployed": Timeouts(job=300, visibility=1000),
 }
 

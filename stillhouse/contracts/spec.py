@@ -26,7 +26,7 @@ from stillhouse.contracts.events import Split
 
 MAX_TOP_K = 64
 # Answer tokens in a batch at most: what a builder's job can turn into a shard within its limit.
-MAX_BATCH_TOKENS = 500_000
+MAX_BATCH_TOKENS = 200_000
 
 
 class SpecPart(BaseModel):

@@ -77,31 +77,3 @@ def test_a_pipeline_whose_every_process_is_killed_once_ends_as_if_undisturbed(
     assert invariants.ledger_digest(plant.store, undisturbed) == invariants.ledger_digest(
         plant.store, killed
     )
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_of_two_pipelines_at_once_one_is_cancelled_and_the_other_released(plant: Plant) -> None:
-    kept = plant.submit(name="kept", items=40)
-    dropped = plant.submit(name="dropped", items=96)
-    plant.wait(dropped, "a closed batch", closed(1), SECONDS)
-    plant.client.cancel(dropped)
-
-    ended = plant.wait(kept, "release", lambda status: bool(status["state"] == "released"), SECONDS)
-    cancelled = plant.client.wait(dropped, timeout_seconds=60)
-
-    assert cancelled["state"] == "cancelled"
-    assert cancelled["cost"]["reserved_microusd"] == 0
-    assert cancelled["pending"] == 0, "each item has its row or its rejection"
-    totals = plant.charges(dropped)["totals_microusd"]
-    assert sum(totals.values()) >= sum(i.microusd for i in plant.invoices("dropped")) > 0
-    assert "pipeline.stopped" in [event["type"] for event in plant.events(dropped)]
-    # Nothing more is asked for it.
-    asked = len(plant.invoices("dropped"))
-    assert asked < 96
-    left = invariants.read_all(plant.store, TENANT, kept, plant.events(kept))
-    invariants.check_items(left)
-    invariants.check_money(left, plant.charges(kept), plant.invoices("kept"))
-    invariants.check_training(plant.store, left)
-    assert ended["rows"] + sum(ended["rejections"].values()) == 40
-    assert len(plant.invoices("dropped")) == asked

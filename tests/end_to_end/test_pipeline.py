@@ -90,6 +90,7 @@ def test_two_pipelines_at_once_and_one_of_them_cancelled(plant: Plant) -> None:
     ended = plant.client.wait(dropped, timeout_seconds=SECONDS)
     assert ended["state"] == "cancelled"
     assert ended["cost"]["reserved_microusd"] == 0
+    assert ended["pending"] == 0
     asked = len([r for r in plant.teacher.requests if r["marker"].startswith("dropped ")])
     assert asked < 160
 
