@@ -217,6 +217,8 @@ def check_lines(found: Json) -> list[str]:
     ]
     if found["probe_usd"] is not None:
         lines.append(f"the teacher answered as the spec asks, for {usd(found['probe_usd'])}")
+    else:
+        lines.append("the teacher was not asked: `--probe` asks it one short question")
     if found["worst_case_usd"] > found["budget_usd"]:
         lines.append("the budget may end before the prompts do: what is left is then rejected")
     return lines
