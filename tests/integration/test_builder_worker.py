@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,53 +12,10 @@ from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.events import DatasetSealed, HeldoutSealed, ShardWritten
 from stillhouse.contracts.flow import BUILDER, GATEWAY
 from stillhouse.embedded.parts import Store
-from stillhouse.embedded.ports import free_ports
-from stillhouse.embedded.process import base_environment, kill_group, spawn, stop
+from stillhouse.embedded.process import kill_group, stop
 from tests.support.answers import close_batch, close_responses, make_items
 from tests.support.shards import make_resolved_spec, store_spec
-from tests.support.waiting import wait_for
-
-ROOT = Path(__file__).parents[2]
-
-
-class Worker:
-    """One `python -m services.dataset_builder worker`, which can be killed and started again."""
-
-    def __init__(self, folder: Path, broker: str, store: Store) -> None:
-        self.port = next(free_ports())
-        self.log = folder / "worker.log"
-        metrics = folder / "metrics"
-        metrics.mkdir()
-        self._env = base_environment(
-            {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "PROMETHEUS_MULTIPROC_DIR": str(metrics),
-                "DATASET_BUILDER_BROKER_URL": broker,
-                "DATASET_BUILDER_STORE_ENDPOINT_URL": store.endpoint_url,
-                "DATASET_BUILDER_STORE_BUCKET": store.bucket,
-                "DATASET_BUILDER_STORE_ACCESS_KEY": store.access_key,
-                "DATASET_BUILDER_STORE_SECRET_KEY": store.secret_key,
-                "DATASET_BUILDER_METRICS_PORT": str(self.port),
-                "DATASET_BUILDER_PROFILE": "embedded",
-            }
-        )
-        self.start()
-
-    def start(self) -> None:
-        argv = [sys.executable, "-m", "services.dataset_builder", "worker"]
-        self.process = spawn(argv, env=self._env, log=self.log, cwd=ROOT)
-
-    def page(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            body: bytes = answer.read()
-        return body.decode()
-
-    def wait(self, look: Callable[[], object], what: str) -> None:
-        try:
-            wait_for(look, 60, what)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log.read_text()[-3000:]}") from error
+from tests.support.workers import Worker
 
 
 def test_a_worker_turns_events_into_shards_and_events(
@@ -78,7 +33,7 @@ def test_a_worker_turns_events_into_shards_and_events(
 
         return look
 
-    worker = Worker(tmp_path, broker_url, store_part)
+    worker = Worker(BUILDER, tmp_path, broker_url, store_part)
     try:
         heldout = [close_batch(store, spec, batch) for batch in (0, 1)]
         # Twice: every message may come twice.
@@ -121,7 +76,7 @@ def test_an_error_that_cannot_heal_is_told_as_a_failed_stage(
     store_spec(store, spec)
     event = close_batch(store, spec, 0)
     store.delete(event.payload["manifest"]["key"])
-    worker = Worker(tmp_path, valkey_url, store_part)
+    worker = Worker(BUILDER, tmp_path, valkey_url, store_part)
     try:
         bus.Publisher(GATEWAY, valkey_url).publish(event)
 

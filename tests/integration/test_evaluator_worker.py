@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,11 @@ from stillhouse.contracts.artifacts import report_part_key, student_manifest_key
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.flow import EVALUATOR, GATEWAY
 from stillhouse.embedded.parts import Store, seaweedfs, valkey
-from stillhouse.embedded.ports import free_ports
-from stillhouse.embedded.process import base_environment, kill_group, spawn, stop
+from stillhouse.embedded.process import kill_group, stop
 from tests.support import shards
-from tests.support.evaluated import Scene, make_scene
+from tests.support.evaluated import make_scene
 from tests.support.reports import checkpoint_saved, training_completed
-from tests.support.waiting import wait_for
-
-ROOT = Path(__file__).parents[2]
+from tests.support.workers import Worker
 
 
 @pytest.fixture(scope="module")
@@ -29,53 +24,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Store
     folder = tmp_path_factory.mktemp("parts")
     with valkey(folder) as broker, seaweedfs(folder) as store:
         yield broker, store
-
-
-class Worker:
-    """One `python -m services.evaluator worker`, which can be killed and started again."""
-
-    def __init__(self, folder: Path, scene: Scene, broker: str, store: Store) -> None:
-        self.port = next(free_ports())
-        self.log = folder / "worker.log"
-        metrics = folder / "metrics"
-        metrics.mkdir()
-        told = scene.settings
-        self._env = base_environment(
-            {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "PROMETHEUS_MULTIPROC_DIR": str(metrics),
-                "EVALUATOR_BROKER_URL": broker,
-                "EVALUATOR_STORE_ENDPOINT_URL": store.endpoint_url,
-                "EVALUATOR_STORE_BUCKET": store.bucket,
-                "EVALUATOR_STORE_ACCESS_KEY": store.access_key,
-                "EVALUATOR_STORE_SECRET_KEY": store.secret_key,
-                "EVALUATOR_METRICS_PORT": str(self.port),
-                "EVALUATOR_PROFILE": "embedded",
-                "EVALUATOR_WORK_DIR": str(told.work_dir),
-                "EVALUATOR_FILE_ROOTS": told.file_roots,
-                "EVALUATOR_ROWS_PER_PART": str(told.rows_per_part),
-                "EVALUATOR_GENERATE_TOKENS": str(told.generate_tokens),
-                "EVALUATOR_STOP_RATE_PROMPTS": str(told.stop_rate_prompts),
-                "EVALUATOR_METRICS_REFRESH_SECONDS": "1",
-            }
-        )
-        self.start()
-
-    def start(self) -> None:
-        argv = [sys.executable, "-m", "services.evaluator", "worker"]
-        self.process = spawn(argv, env=self._env, log=self.log, cwd=ROOT)
-
-    def page(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
-            body: bytes = answer.read()
-        return body.decode()
-
-    def wait(self, look: Callable[[], object], what: str) -> None:
-        try:
-            wait_for(look, 120, what)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.log.read_text()[-3000:]}") from error
 
 
 def _drive(broker: str, *events: Envelope) -> None:
@@ -100,7 +48,19 @@ def test_a_worker_killed_in_mid_evaluation_leaves_the_same_bytes(
         checkpoint_saved(resolved, scene.trained),
         training_completed(resolved, scene.trained),
     )
-    worker = Worker(tmp_path, scene, broker, part)
+    told = scene.settings
+    worker = Worker(
+        EVALUATOR,
+        tmp_path,
+        broker,
+        part,
+        work_dir=told.work_dir,
+        file_roots=told.file_roots,
+        rows_per_part=told.rows_per_part,
+        generate_tokens=told.generate_tokens,
+        stop_rate_prompts=told.stop_rate_prompts,
+        metrics_refresh_seconds=1,
+    )
     try:
         _drive(broker, *events)
         first = report_part_key(tenant, resolved.training_id, 0, 0)
