@@ -1,6 +1,7 @@
 """The embedded stack with the real broker and store, and stand-ins for the four services."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import redis
 
 from stillhouse.embedded.parts import seaweedfs, valkey
+from stillhouse.embedded.ports import GRPC_OFFSET, is_free
 from stillhouse.embedded.process import StackError, base_environment
 from stillhouse.embedded.seaweedfs import client
 from stillhouse.embedded.stack import SERVICE_PROCESSES, StackOptions, read_stack, running_stack
@@ -130,6 +132,11 @@ def test_killing_the_supervisor_leaves_no_process_and_the_next_start_works(tmp_p
         up.kill()
     until(
         lambda: not any(alive(stack.pid(name)) for name in stack.processes), 5, "a child lives on"
+    )
+    # A killed process with many threads is a zombie a moment before its sockets are closed.
+    ports = json.loads((root / "stack.json").read_text())["ports"].values()
+    until(
+        lambda: all(is_free(port) and is_free(port + GRPC_OFFSET) for port in ports), 10, "a socket"
     )
     with running_stack(root, StackOptions(services=(), quick_stop=True)) as again:
         assert again.store == stack.store
