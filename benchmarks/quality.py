@@ -156,7 +156,7 @@ class Bench:
     ) -> None:
         from services.evaluator.models import Models, open_folder, prepare_torch
         from services.evaluator.suite import Suite
-        from stillhouse.chassis.model_folder import resolve_reference
+        from stillhouse.chassis.model_folder import resolve_folder
 
         prepare_torch(1)
         self.root, self.store, self.lease_store = root, store, lease_store
@@ -172,9 +172,9 @@ class Bench:
             split: suite.load_rows(store, split)  # type: ignore[arg-type]
             for split in ("validation", "test")
         }
-        reference = resolved.teacher.reference
+        reference = resolved.reference
         assert reference is not None
-        self.teacher = open_folder(resolve_reference(reference, (weights_root,)), "cpu")
+        self.teacher = open_folder(resolve_folder(reference, (weights_root,)), "cpu")
         from services.evaluator.fidelity import hidden_states
 
         self.states = {

@@ -109,7 +109,7 @@ class Inputs:
         return Recipe(
             split=split,
             options=spec.spec.dataset,
-            signal=spec.spec.signal,
+            signal=spec.signal_of(batch),
             chat=tokens.chat,
             vocabulary=tokens.vocabulary,
             heldout=self._heldout(spec) if split == "train" else None,
@@ -159,8 +159,10 @@ def read_items(data: bytes, key: str) -> list[Item]:
     """Read `prompts/batch-N.parquet`. Raises PermanentError when it is not one."""
     try:
         table = pq.read_table(io.BytesIO(data), columns=PROMPT_SCHEMA.names)
+        as_json = ("messages", "tools")
         return [
-            Item(**{**row, "messages": json.loads(row["messages"])}) for row in table.to_pylist()
+            Item(**{**row, **{name: row[name] and json.loads(row[name]) for name in as_json}})
+            for row in table.to_pylist()
         ]
     except (pa.ArrowException, ValueError) as error:
         raise PermanentError(

@@ -14,13 +14,13 @@ BROKEN_TEXT = "broken_text"
 CONTENT_FILTER = "content_filter"
 UNEXPECTED_FINISH = "unexpected_finish"
 REFUSED = "refused"
-REASONING_APART = "reasoning_apart"
 EMPTY_ANSWER = "empty_answer"
 TOO_SHORT = "too_short"
 CUT = "cut"
 HELDOUT_PROMPT = "heldout_prompt"
 HELDOUT_ANSWER = "heldout_answer"
 TEMPLATE_REFUSED = "template_refused"
+TURN_DIFFERS = "turn_differs"
 USAGE_MISSING = "usage_missing"
 PROMPT_TOKENS_DIFFER = "prompt_tokens_differ"
 CONTROL_TOKEN = "control_token"  # noqa: S105
@@ -42,13 +42,13 @@ REJECTIONS: frozenset[str] = frozenset(
         CONTENT_FILTER,
         UNEXPECTED_FINISH,
         REFUSED,
-        REASONING_APART,
         EMPTY_ANSWER,
         TOO_SHORT,
         CUT,
         HELDOUT_PROMPT,
         HELDOUT_ANSWER,
         TEMPLATE_REFUSED,
+        TURN_DIFFERS,
         USAGE_MISSING,
         PROMPT_TOKENS_DIFFER,
         CONTROL_TOKEN,
@@ -60,13 +60,17 @@ REJECTIONS: frozenset[str] = frozenset(
     }
 )
 
-# Rows of a `topk` dataset that are `text` only
+# Rows of a `topk` or `counts` dataset that are `text` only
 NO_LOGPROBS = "no_logprobs"
 LOGPROBS_MALFORMED = "logprobs_malformed"
 LOGPROBS_NOT_RAW = "logprobs_not_raw"
 SAMPLED_TOKENS_MISSING = "sampled_tokens_missing"
 SAMPLED_TOKEN_UNMAPPED = "sampled_token_unmapped"  # noqa: S105
 TOKENIZER_WITHOUT_BYTES = "tokenizer_without_bytes"
+REASONING_IN_TOKENS = "reasoning_in_tokens"
+CALL_NOT_IN_TOKENS = "call_not_in_tokens"
+NO_COUNTS = "no_counts"
+COUNTS_MALFORMED = "counts_malformed"
 
 TEXT_ROWS: frozenset[str] = frozenset(
     {
@@ -76,5 +80,9 @@ TEXT_ROWS: frozenset[str] = frozenset(
         SAMPLED_TOKENS_MISSING,
         SAMPLED_TOKEN_UNMAPPED,
         TOKENIZER_WITHOUT_BYTES,
+        REASONING_IN_TOKENS,
+        CALL_NOT_IN_TOKENS,
+        NO_COUNTS,
+        COUNTS_MALFORMED,
     }
 )

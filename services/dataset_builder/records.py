@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.dataset_builder.vocabulary import Vocabulary
-from stillhouse.contracts.chat import ChatTokenizer
+from stillhouse.contracts.chat import ChatTokenizer, ToolCall
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.responses import Item
 from stillhouse.contracts.signals import StoredTopK
@@ -50,9 +50,11 @@ class Recipe:
 class Draft:
     """An item on its way to a row; each step fills in what its name says and returns a new one.
 
-    prompt_ids: the rendered conversation. answer_ids: what is supervised, with the end-of-turn
-    id where the answer stopped. logprobs: the teacher's, as raw JSON, so that only rows that
-    come as far as their alignment pay for parsing them.
+    text: the answer, or what was said beside `calls`, the functions that it calls. turn: the
+    whole turn as the template writes it, where there are calls. reasoning: what was thought apart
+    from the answer. prompt_ids: the rendered conversation. answer_ids: what is supervised, with
+    the end-of-turn id where the answer stopped. logprobs: the teacher's, as raw JSON, so that only
+    rows that come as far as their alignment pay for parsing them.
     """
 
     item: Item
@@ -60,14 +62,16 @@ class Draft:
     text: str = ""
     finish_reason: str = ""
     refusal: bool = False
-    reasoning: bool = False
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    turn: str = ""
     usage_prompt_tokens: int | None = None
     usage_completion_tokens: int | None = None
     logprobs: bytes = b"null"
     answer_sha256: str = ""
     prompt_ids: tuple[int, ...] = ()
     answer_ids: tuple[int, ...] = ()
-    signal: Literal["text", "topk"] = "text"
+    signal: Literal["text", "topk", "counts"] = "text"
     signal_reason: str | None = None
     stored: StoredTopK | None = None
 

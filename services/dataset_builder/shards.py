@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from services.dataset_builder.pipeline import STEP_NAMES
 from services.dataset_builder.records import Draft
-from services.dataset_builder.steps.align import slots, support
+from services.dataset_builder.signals import slots, support
 from services.dataset_builder.vocabulary import Vocabulary
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts import shards as contract
@@ -39,8 +39,8 @@ def make_header(
     rows: Sequence[Draft],
     rejections: list[Rejection],
 ) -> ShardHeader:
-    signal = spec.spec.signal
-    kept = "topk" if signal.kind == "topk" else "text"
+    signal = spec.signal_of(manifest.batch)
+    assert signal.kind != "auto", "acceptance settled what each teacher gives"
     return ShardHeader(
         tenant_id=spec.tenant_id,
         pipeline_id=spec.pipeline_id,
@@ -53,9 +53,9 @@ def make_header(
         verdict_id=manifest.verdict_id,
         tokenizer_sha256=spec.tokenizer_sha256,
         template_sha256=spec.template_sha256,
-        signal="topk" if kept == "topk" else "text",
-        slots=slots(signal.k) if kept == "topk" else 0,
-        support=support(kept, signal.k),
+        signal=signal.kind,
+        slots=slots(signal),
+        support=support(signal),
         vocabulary=vocabulary.size,
         steps=STEP_NAMES,
         rows=len(rows),
@@ -120,7 +120,7 @@ def shard_entry(header: ShardHeader, ref: ObjectRef) -> ShardEntry:
 
 
 def _row(teacher: str, draft: Draft) -> dict[str, Any]:
-    stored = draft.stored if draft.signal == "topk" else None
+    stored = None if draft.signal == "text" else draft.stored
     arrays = {
         "signal_ids": stored.ids if stored else None,
         "signal_first": stored.first if stored else None,
@@ -132,8 +132,10 @@ def _row(teacher: str, draft: Draft) -> dict[str, Any]:
         "prompt_id": draft.item.prompt_id,
         "sample": draft.item.sample,
         "teacher": teacher,
-        "messages": canonical_json([m.model_dump() for m in draft.item.messages]).decode(),
+        "messages": canonical_json([m.as_sent() for m in draft.item.messages]).decode(),
         "answer": draft.text,
+        "reasoning": draft.reasoning or None,
+        "tools": canonical_json(draft.item.tools).decode() if draft.item.tools else None,
         "finish_reason": draft.finish_reason,
         "input_ids": draft.input_ids,
         "prompt_tokens": len(draft.prompt_ids),
@@ -142,5 +144,6 @@ def _row(teacher: str, draft: Draft) -> dict[str, Any]:
         "signal_reason": draft.signal_reason,
         "signal_slots": stored.slots if stored else 0,
     }
-    digest = digest_of({**row, **{n: v and sha256_hex(v) for n, v in arrays.items()}})
+    digests = {name: None if v is None else sha256_hex(v) for name, v in arrays.items()}
+    digest = digest_of({**row, **digests})
     return {**row, **arrays, "row_sha256": digest}

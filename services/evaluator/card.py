@@ -45,7 +45,8 @@ def render_card(
     validation: Sequence[Report],
 ) -> str:
     """Write the README.md of a student folder."""
-    said, teacher = spec.spec, spec.teacher
+    said, teachers = spec.spec, spec.spec.teachers
+    answers = "teacher's answers" if len(teachers) == 1 else "answers of these teachers"
     shown = sorted({found for duty in spec.duties for found in _SHOWN_DUTY.findall(duty)})
     source = f"`{said.student.weights}`"
     if said.student.layers is not None:
@@ -60,7 +61,8 @@ def render_card(
         f"# {display_name(spec)}",
         "",
         *(f"{line}.\n" for line in shown[:1]),
-        f"A student of {_code(teacher.model)}, distilled by Stillhouse from the teacher's answers "
+        f"A student of {', '.join(_code(t.model) for t in teachers)}, distilled by Stillhouse "
+        f"from the {answers} "
         f"to {spec.items} prompts. It starts from {source} and was trained with "
         f"{_code(said.training.loss)} on {cursor.tokens} supervised tokens.",
         "",
@@ -115,7 +117,7 @@ def render_card(
         "- It repeats its teacher's errors and biases, and makes more of its own.",
         "- Its safety was not measured. What kept the teacher from harmful answers may be weaker "
         "here.",
-        "- `kl_top20` is what it was trained on and a lower bound of the true distance.",
+        *_bound(report),
     ]
     return "\n".join(blocks) + "\n"
 
@@ -136,7 +138,14 @@ def _figures(report: Report) -> list[str]:
     for name, words in _FIGURES:
         if any(getattr(figures, name) is not None for _, figures in columns):
             lines.append(_cells(f"{words}, `{name}`", *(_shown(f, name) for _, f in columns)))
-    return lines
+    missing = [f"- `{name}`: {why}." for name, why in sorted(report.unmeasured.items())]
+    return [*lines, "", "Not measured:", "", *missing] if missing else lines
+
+
+def _bound(report: Report) -> list[str]:
+    if report.model.kl_top20 is None:
+        return []
+    return ["- `kl_top20` is what it was trained on and a lower bound of the true distance."]
 
 
 def _shown(figures: Figures, name: str) -> str:

@@ -13,7 +13,7 @@ after a crash in the middle of itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -60,6 +60,7 @@ from stillhouse.contracts.trainings import (
 
 M = TypeVar("M", bound=BaseModel)
 Arguments = dict[str, int | str]
+Watching = Callable[[int, int], None]
 
 
 @dataclass
@@ -125,8 +126,11 @@ class Evaluation:
             return Next(jobs=_part_jobs(step, missing))
         return self._finish_validation(bench, entry)
 
-    def evaluate_part(self, tenant: str, pipeline: str, step: int, number: int) -> Next:
-        """Measure one part; whoever sees that it was the last goes on from there."""
+    def evaluate_part(
+        self, tenant: str, pipeline: str, step: int, number: int, watching: Watching
+    ) -> Next:
+        """Measure one part; whoever sees that it was the last goes on from there. `watching` is
+        told how far the reference's weights are fetched."""
         found = self._published(tenant, pipeline, step)
         if found is None:
             return Next.nothing()
@@ -134,8 +138,10 @@ class Evaluation:
         part = bench.suite.part(number)
         measured = 0
         if not self._written.exists(self._part_key(bench, step, part)):
-            measure = self._measure_rows if part.kind == "rows" else self._measure_answers
-            measured = measure(bench, entry, part)
+            if part.kind == "rows":
+                measured = self._measure_rows(bench, entry, part, watching)
+            else:
+                measured = self._measure_answers(bench, entry, part)
         if self._missing(bench, step, part.split, first_only=True):
             progress = StageProgressed(
                 stage="evaluate",
@@ -186,14 +192,15 @@ class Evaluation:
 
     # Measuring
 
-    def _measure_rows(self, bench: Bench, entry: Published, part: Part) -> int:
-        spec, reference = bench.spec, bench.spec.teacher.reference
+    def _measure_rows(self, bench: Bench, entry: Published, part: Part, watching: Watching) -> int:
+        spec, reference = bench.spec, bench.spec.reference
         rows = self._load_rows(bench, part.split)[part.start : part.stop]
         vocabulary, chunk = self._tokenizer(spec).vocabulary, self._settings.chunk_positions
         head, states, known = None, None, None
         if reference is not None:
             # Opened before the checkpoint: its states may be in memory, its head is needed anyhow.
-            teacher = self._models.reference(reference)
+            pin = spec.pinned.get(reference)
+            teacher = self._models.reference(reference, pin, watching)
             head = teacher.lm_head
             key = (bench.suite.heldout_ref.sha256, reference, part.number)
             states = self._states.get(key)
@@ -293,6 +300,7 @@ class Evaluation:
         if stored is None:
             report = validation_report(
                 bench.suite,
+                bench.spec,
                 self._load_rows(bench, "validation"),
                 training_id=bench.spec.training_id,
                 step=entry.step,
@@ -326,6 +334,7 @@ class Evaluation:
         untrained = bench.published(0) if chosen.step else None
         return test_report(
             bench.suite,
+            bench.spec,
             self._load_rows(bench, "test"),
             training_id=bench.spec.training_id,
             step=chosen.step,

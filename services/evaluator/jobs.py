@@ -55,8 +55,15 @@ def evaluate_checkpoint(job: Job, context: EvaluatorContext) -> None:
 
 def evaluate_part(job: Job, context: EvaluatorContext) -> None:
     started = time.monotonic()
+
+    def fetching(done: int, total: int) -> None:
+        """Say that something moves: the reference may be many gigabytes."""
+        if total and context.may_progress(job.pipeline_id):
+            figures = {"fetched_bytes": float(done), "weights_bytes": float(total)}
+            context.publish(job.seal(StageProgressed(stage="evaluate", figures=figures)))
+
     following = context.evaluation.evaluate_part(
-        job.tenant_id, job.pipeline_id, int(job.args["step"]), int(job.args["part"])
+        job.tenant_id, job.pipeline_id, int(job.args["step"]), int(job.args["part"]), fetching
     )
     if following.rows:
         metrics.ROWS.inc(following.rows)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ import torch
 
 from services.evaluator.reasons import CHECKPOINT_INCOMPLETE
 from services.evaluator.suite import Row
-from stillhouse.chassis.errors import PermanentError, RetryableError
-from stillhouse.chassis.model_folder import (
-    WEIGHTS_REFUSED,
-    check_model_folder,
-    resolve_reference,
-    stage,
-)
+from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.model_folder import check_model_folder, stage
+from stillhouse.chassis.model_opening import open_model
+from stillhouse.chassis.references import Sources, opened
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.trainings import CheckpointManifest
@@ -43,40 +40,13 @@ def prepare_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("highest")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def open_folder(folder: Path, device: str) -> Any:
     """Load a causal language model in float32. Raises PermanentError where the weights do not
     fit their config exactly. The folder is this service's own, or a staged one."""
     check_model_folder(folder)
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except FileNotFoundError as error:
-        raise RetryableError(f"{folder} went away while it was opened: {error}") from error
-    except Exception as error:  # what a damaged file raises is not documented
-        raise PermanentError(
-            f"{folder} does not load as a model: {error}", reason=WEIGHTS_REFUSED
-        ) from error
-    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
-    if wrong:
-        raise PermanentError(
-            f"{folder}: weights and config.json do not fit each other: {str(wrong)[:500]}",
-            reason=WEIGHTS_REFUSED,
-        )
+    model = open_model(folder)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -84,26 +54,32 @@ class Models:
     """The reference and the checkpoint that were asked for last, and scratch copies on disk."""
 
     def __init__(
-        self, store: ObjectStore, *, work_dir: Path, roots: Sequence[Path], device: str
+        self, store: ObjectStore, *, work_dir: Path, sources: Sources, device: str
     ) -> None:
         self._store = store
         self._work_dir = work_dir
         self._folder = work_dir / "checkpoints"
-        self._roots = roots
+        self._sources = sources
         self._device = device
         self._checkpoint: tuple[str, Any] | None = None
-        self._reference: tuple[str, Any] | None = None
+        self._reference: tuple[tuple[str, str | None], Any] | None = None
 
-    def reference(self, reference: str) -> Any:
-        """Open the teacher's weights that a spec names (`file:`)."""
-        if self._reference is None or self._reference[0] != reference:
+    def reference(
+        self, reference: str, pin: str | None, watching: Callable[[int, int], None]
+    ) -> Any:
+        """Open the teacher's weights that a spec names; `watching` is told how far they are
+        fetched."""
+        key = (reference, pin)
+        if self._reference is None or self._reference[0] != key:
             self._reference = None  # free the old one first
-            folder = resolve_reference(reference, self._roots)
             self._work_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._work_dir) as scratch:
+            with (
+                opened(reference, self._sources, pin=pin, watching=watching) as folder,
+                tempfile.TemporaryDirectory(dir=self._work_dir) as scratch,
+            ):
                 staged = Path(scratch) / "reference"
                 stage(folder, staged)
-                self._reference = (reference, open_folder(staged, self._device))
+                self._reference = (key, open_folder(staged, self._device))
         return self._reference[1]
 
     def checkpoint(self, manifest: ObjectRef) -> Any:

@@ -18,6 +18,7 @@ from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.artifacts import Id, ObjectRef, Sha256
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.responses import Record
+from stillhouse.contracts.spec import ResolvedSpec
 from stillhouse.contracts.trainings import Figures, Report, SamplePair
 
 
@@ -95,8 +96,31 @@ def teacher_stops(rows: Sequence[Row], most_tokens: int | None = None) -> list[b
     ]
 
 
+def unmeasured(spec: ResolvedSpec, rows: Sequence[Row]) -> dict[str, str]:
+    """Say which figures cannot be had for these rows, and why."""
+    found: dict[str, str] = {}
+    if spec.reference is None:
+        weights = {teacher.known_weights for teacher in spec.spec.teachers}
+        if weights == {None}:
+            why = "no weights of the teacher are known (`teachers.reference`)"
+        elif len(weights) > 1:
+            why = "the teachers are not all the same weights, so there is no one distribution"
+        else:
+            why = "the teacher's tokenizer is not the student's"
+        found["kl_full"] = why
+    if rows and all(row.signal is None for row in rows):
+        why = "the teacher gave text alone"
+        if any(row.drawn for row in rows):
+            why = "counts of drawn ids are unbiased to learn from, and biased in a divergence"
+        found["kl_top20"] = why
+        if spec.reference is None or not any(row.drawn for row in rows):
+            found["top1"] = "the teacher's likeliest tokens are not known"
+    return found
+
+
 def validation_report(
     suite: Suite,
+    spec: ResolvedSpec,
     rows: Sequence[Row],
     *,
     training_id: str,
@@ -113,11 +137,13 @@ def validation_report(
         heldout_sha256=suite.heldout_ref.sha256,
         teacher=with_stops(row_figures(suite, "validation", teacher), teacher_stops(rows)),
         model=row_figures(suite, "validation", model),
+        unmeasured=unmeasured(spec, rows),
     )
 
 
 def test_report(
     suite: Suite,
+    spec: ResolvedSpec,
     rows: Sequence[Row],
     *,
     training_id: str,
@@ -147,6 +173,7 @@ def test_report(
         model=with_stops(row_figures(suite, "test", model), _stops(answers)),
         untrained=before,
         samples=_samples(by_id, answers, untrained_answers),
+        unmeasured=unmeasured(spec, rows),
     )
 
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
 from stillhouse.chassis.jobs import Timeouts
-from stillhouse.chassis.model_folder import parse_roots
-from stillhouse.chassis.settings import ServiceSettings
+from stillhouse.chassis.settings import ReferenceSettings
 
 
-class EvaluatorSettings(ServiceSettings):
+class EvaluatorSettings(ReferenceSettings):
     PREFIX: ClassVar[str] = "EVALUATOR_"
 
     device: str = Field("cpu", description="torch device of the models: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, le=256, description="threads of torch")
-    file_roots: str = Field(
-        "", description="folders that `file:` references may name, parted like PATH"
-    )
     rows_per_part: int = Field(
         16, ge=1, le=1024, description="held-out rows in one job and one part of a report"
     )
@@ -42,10 +37,6 @@ class EvaluatorSettings(ServiceSettings):
     metrics_refresh_seconds: float = Field(
         15, ge=1, description="least time between two looks for new reports"
     )
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        return parse_roots(self.file_roots)
 
 
 # A job is one part (16 rows) or the writing of one student folder.

@@ -24,12 +24,14 @@ Array = npt.NDArray[np.float64]
 
 
 class RowSums(Record):
-    """Sums over the supervised positions of one row; `scored` counts those with a signal."""
+    """Sums over the supervised positions of one row; `scored` counts those with a signal, `ranked`
+    those of which the teacher's likeliest token is known."""
 
     row_id: str
     prompt_id: str
     tokens: int
     scored: int = 0
+    ranked: int = 0
     nll: float = 0.0
     top1: int = 0
     kl_top20: float = 0.0
@@ -41,6 +43,7 @@ class RowSums(Record):
         nll: float,
         top1: float = 0,
         scored: float = 0,
+        ranked: float = 0,
         kl_top20: float = 0.0,
         kl_full: float | None = None,
     ) -> RowSums:
@@ -50,6 +53,7 @@ class RowSums(Record):
                 "nll": self.nll + nll,
                 "top1": self.top1 + int(top1),
                 "scored": self.scored + int(scored),
+                "ranked": self.ranked + int(ranked),
                 "kl_top20": self.kl_top20 + kl_top20,
                 "kl_full": None if kl_full is None else (self.kl_full or 0.0) + kl_full,
             }
@@ -59,7 +63,7 @@ class RowSums(Record):
 def figures(rows: Sequence[RowSums]) -> Figures:
     """Means over all supervised positions of the rows; None where the sums lack a figure."""
     tokens = sum(row.tokens for row in rows)
-    scored = sum(row.scored for row in rows)
+    scored, ranked = sum(row.scored for row in rows), sum(row.ranked for row in rows)
     if not tokens:
         return Figures(rows=len(rows))
     full = [row.kl_full for row in rows if row.kl_full is not None]
@@ -68,7 +72,7 @@ def figures(rows: Sequence[RowSums]) -> Figures:
         kl_top20=math.fsum(row.kl_top20 for row in rows) / scored if scored else None,
         kl_full=math.fsum(full) / tokens if len(full) == len(rows) else None,
         ppl=_exp(loss),
-        top1=sum(row.top1 for row in rows) / scored if scored else None,
+        top1=sum(row.top1 for row in rows) / ranked if ranked else None,
         rows=len(rows),
         tokens=tokens,
     )
@@ -112,7 +116,7 @@ def _intervals(rows: Sequence[RowSums], found: Figures) -> dict[str, tuple[float
         "kl_top20": (column("kl_top20"), column("scored")),
         "kl_full": (column("kl_full"), column("tokens")),
         "ppl": (column("nll"), column("tokens")),
-        "top1": (column("top1"), column("scored")),
+        "top1": (column("top1"), column("ranked")),
     }
     seed = int(digest_of([row.row_id for row in rows])[:16], 16)
     means = _draw({k: v for k, v in wanted.items() if getattr(found, k) is not None}, seed)

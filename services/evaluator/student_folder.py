@@ -128,7 +128,6 @@ def _provenance(
     """Where the student comes from, down to the digest of the rows of every step."""
     spec = inputs.spec
     plan, plan_ref = _need(store, artifacts.plan_key(spec.tenant_id, spec.training_id), Plan)
-    teacher = spec.teacher
     return {
         "version": 1,
         "student_id": spec.student_id,
@@ -146,9 +145,10 @@ def _provenance(
                 "name": teacher.name,
                 "model": teacher.model,
                 "terms": teacher.terms,
-                "reference": teacher.reference,
-                "signal": spec.spec.signal.model_dump(mode="json"),
+                "reference": teacher.known_weights,
+                "signal": spec.signals[teacher.name].model_dump(mode="json"),
             }
+            for teacher in spec.spec.teachers
         ],
         "verdicts": [verdict.model_dump(mode="json") for verdict in spec.verdicts],
         "duties": spec.duties,
@@ -172,7 +172,10 @@ def _provenance(
         "trained_on": {
             "rows": cursor.rows,
             "tokens": cursor.tokens,
-            "shards": [_ref(shard) for shard in cursor.shards],
+            "shards": [
+                {**_ref(shard), "teacher": spec.batch_teachers[spec.batches.heldout + number]}
+                for number, shard in enumerate(cursor.shards)
+            ],
             "deleted_rows": dataset[0].deleted_rows,
             "steps": [entry.model_dump(mode="json") for entry in cursor.ledger],
         },

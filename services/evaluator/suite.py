@@ -28,7 +28,8 @@ class Row:
     """A held-out row: the teacher's tokens and what it thought of them.
 
     Ids `prompt_tokens` .. end are supervised; `signal` has one position for each of them and is
-    None where the row is text only.
+    None where the row is text only. So it is where the row holds counts of drawn ids (`drawn`):
+    they are unbiased in a mean that is trained on, and a divergence from them is not.
     """
 
     row_id: str
@@ -39,6 +40,7 @@ class Row:
     ids: tuple[int, ...]
     prompt_tokens: int
     signal: StoredTopK | None
+    drawn: bool = False
 
     @property
     def supervised(self) -> int:
@@ -129,11 +131,12 @@ def _row(record: dict[str, Any], key: str) -> Row:
         ids=ids,
         prompt_tokens=prompt_tokens,
         signal=_signal(record),
+        drawn=record["signal"] == "counts",
     )
 
 
 def _signal(record: dict[str, Any]) -> StoredTopK | None:
-    if record["signal_ids"] is None:
+    if record["signal"] != "topk":
         return None
     return StoredTopK(
         slots=int(record["signal_slots"]),

@@ -9,6 +9,7 @@ from services.evaluator.jobs import JOBS, EvaluatorContext
 from services.evaluator.metrics import StoredFigures
 from services.evaluator.settings import TIMEOUTS, EvaluatorSettings
 from stillhouse.chassis import bus, jobs
+from stillhouse.chassis.references import sources_of
 from stillhouse.chassis.storage import ObjectStore, open_store
 from stillhouse.contracts.flow import EVALUATOR
 
@@ -34,7 +35,12 @@ def make_context(settings: EvaluatorSettings) -> EvaluatorContext:
 
     prepare_torch(settings.threads)
     store = open_store(settings)
-    models = Models(store, work_dir=settings.work_dir, roots=settings.roots, device=settings.device)
+    models = Models(
+        store,
+        work_dir=settings.work_dir,
+        sources=sources_of(settings),
+        device=settings.device,
+    )
     return EvaluatorContext(
         evaluation=Evaluation(store, models, settings),
         publish=bus.Publisher(EVALUATOR, settings.broker_url).publish,

@@ -26,32 +26,37 @@ from sqlalchemy import delete, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from services.teacher_gateway.admission import admit
+from services.teacher_gateway.auto_signal import TeacherAway, resolve_signals
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import Session, now, transaction
+from services.teacher_gateway.endpoints import endpoint_of
 from services.teacher_gateway.ledger import changed, lock
 from services.teacher_gateway.models import Batch, Item, Pipeline
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.problems import ProblemError
+from services.teacher_gateway.prompt_lines import PromptLine, answer_of
+from services.teacher_gateway.prompt_sources import snapshot
 from services.teacher_gateway.prompts import (
     PromptsRefused,
     RefusedLine,
     judge_all,
-    read_messages,
+    max_line_bytes,
+    read_again,
     read_prompts,
-    snapshot,
 )
-from services.teacher_gateway.split import Slot, plan
+from services.teacher_gateway.split import Plan, Slot, plan, teacher_of
 from services.teacher_gateway.stop import mark_stopping
 from services.teacher_gateway.terms.gate import load_catalogue
-from services.teacher_gateway.tokenizers import find_tokenizer
+from services.teacher_gateway.tokenizers import find_tokenizer, prompt_tokens
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import MissingObject, PermanentError, RetryableError
+from stillhouse.chassis.hub import HUB_AWAY, HubUnavailable
 from stillhouse.chassis.logs import logger
+from stillhouse.chassis.references import sources_of
 from stillhouse.chassis.storage import AlreadyExists
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.canonical import canonical_json, sha256_hex
-from stillhouse.contracts.chat import Message
 from stillhouse.contracts.events import PipelineAccepted, StageFailed
 from stillhouse.contracts.responses import PROMPT_SCHEMA, item_id, prompt_id
 from stillhouse.contracts.spec import ResolvedSpec, Spec, spec_digest
@@ -86,8 +91,15 @@ def accept_pipeline(context: Context, pipeline_id: str) -> None:
     try:
         pipeline = _claim(context, pipeline_id)
         _accept(context, pipeline)
-    except _NotAccepting:
+    except (_NotAccepting, TeacherAway):
         return
+    except HubUnavailable as error:
+        # No part of ours: a machine without a way out must say so in the end.
+        if pipeline.attempts >= MAX_ATTEMPTS:
+            _fail(context, pipeline_id, HUB_AWAY, str(error))
+            return
+        _put_off(context, pipeline_id, counted=True)
+        raise
     except RetryableError:
         _put_off(context, pipeline_id, counted=False)
         raise
@@ -166,33 +178,45 @@ def _prepare(
     spec = Spec.model_validate_json(pipeline.spec)
     alive = _beat(context, pipeline_id)
     catalogue = load_catalogue(settings.terms_file)
-    verdicts = admit(spec, tenant, settings, catalogue, store)
+    verdicts = admit(spec, tenant, settings, catalogue, store, context.engine)
     accepted_on = datetime.fromtimestamp(pipeline.created_at, UTC).date()
-    chat = find_tokenizer(spec, settings.file_roots).chat.on(accepted_on)
+    tokenizer = find_tokenizer(spec, sources_of(settings))
+    chat = tokenizer.chat.on(accepted_on)
+    signals = resolve_signals(
+        context,
+        pipeline,
+        spec,
+        chat,
+        tokenizer.text_only,
+        lambda session: _accepting(session, pipeline_id),
+    )
 
-    def tokens_of(messages: list[Message]) -> int:
+    def tokens_of(line: PromptLine) -> int:
         alive()
-        return len(chat.encode_prompt(messages))
+        return prompt_tokens(chat, line)
 
     with snapshot(
-        spec.prompts.source,
-        tenant_id=tenant,
-        roots=settings.file_roots,
+        spec,
+        tenant,
+        settings=settings,
+        engine=context.engine,
         store=store,
-        folder=settings.work_dir,
-        max_bytes=settings.max_prompts_bytes,
+        stored_before=pipeline.created_at,  # so that an interrupted acceptance reads the same
+        alive=alive,
     ) as file:
         prompts, refused = judge_all(
             read_prompts(
                 file,
                 max_lines=settings.max_prompts,
+                max_line_bytes=max_line_bytes(spec),
                 max_tokens=spec.dataset.max_tokens,
+                teacher_of=teacher_of(spec),
                 tokens_of=tokens_of,
             )
         )
         planned = plan(prompts, spec)
         _record_refused(context, pipeline, refused)
-        written = _write_prompts(context, pipeline, file, planned.batches, alive)
+        written = _write_prompts(context, pipeline, file, planned, spec, alive)
     crash_point("acceptance_prompts")
     digest = spec_digest(spec)
     dataset = artifacts.dataset_id(pipeline_id, digest)
@@ -208,6 +232,10 @@ def _prepare(
         tokenizer=_put_tokenizer(context, pipeline, chat.model_dump_json()),
         tokenizer_sha256=chat.tokenizer_sha256,
         template_sha256=chat.template_sha256,
+        signals=signals,
+        batch_teachers=planned.teachers,
+        reference=tokenizer.reference,
+        pinned=dict(tokenizer.pins),
         verdicts=verdicts,
         batches=planned.numbers,
         items=planned.items,
@@ -242,16 +270,26 @@ def _write_prompts(
     context: Context,
     pipeline: Pipeline,
     file: BinaryIO,
-    batches: Sequence[Sequence[Slot]],
+    planned: Plan,
+    spec: Spec,
     alive: Callable[[], None],
 ) -> list[_Written]:
     reading = threading.Lock()
+    given = {teacher.name for teacher in spec.teachers if teacher.answers}
+    # Batches of answers given along are large, and a writer holds one whole.
+    writers = 1 if given else _WRITERS
 
     def write(numbered: tuple[int, Sequence[Slot]]) -> _Written:
         batch, slots = numbered
         with reading:
             rows = [
-                _row(pipeline.pipeline_id, slot, read_messages(file, slot.prompt)) for slot in slots
+                _row(
+                    pipeline.pipeline_id,
+                    slot,
+                    read_again(file, slot.prompt),
+                    given=slot.prompt.teacher in given,
+                )
+                for slot in slots
             ]
         key = artifacts.prompts_key(pipeline.tenant_id, pipeline.pipeline_id, batch)
         try:
@@ -264,21 +302,23 @@ def _write_prompts(
         return _Written(batch, ref, [row["item_id"] for row in rows])
 
     written: list[_Written] = []
-    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="prompts") as pool:
-        numbered = list(enumerate(batches))
-        for start in range(0, len(numbered), 4 * _WRITERS):
-            written += pool.map(write, numbered[start : start + 4 * _WRITERS])
+    with ThreadPoolExecutor(writers, thread_name_prefix="prompts") as pool:
+        numbered = list(enumerate(planned.batches))
+        for start in range(0, len(numbered), 4 * writers):
+            written += pool.map(write, numbered[start : start + 4 * writers])
             alive()
     return written
 
 
-def _row(pipeline_id: str, slot: Slot, messages: list[Message]) -> dict[str, Any]:
+def _row(pipeline_id: str, slot: Slot, line: PromptLine, *, given: bool) -> dict[str, Any]:
     prompt = prompt_id(pipeline_id, slot.prompt.sha256)
     return {
         "item_id": item_id(prompt, slot.sample),
         "prompt_id": prompt,
         "sample": slot.sample,
-        "messages": json.dumps([m.model_dump() for m in messages], ensure_ascii=False),
+        "messages": json.dumps([m.as_sent() for m in line.messages], ensure_ascii=False),
+        "tools": json.dumps(line.tools, ensure_ascii=False) if line.tools else None,
+        "answer": answer_of(line) if given else None,
         "prompt_sha256": slot.prompt.sha256,
     }
 
@@ -352,6 +392,8 @@ def _insert(
                 **common,
                 "batch": one.batch,
                 "split": resolved.batches.split_of(one.batch),
+                "teacher": resolved.batch_teachers[one.batch],
+                "endpoint": endpoint_of(resolved.teacher_of(one.batch), pipeline.tenant_id),
                 "items": len(one.item_ids),
                 "prompts": one.prompts.model_dump_json(),
             }

@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from sqlalchemy import Engine
+
 from services.teacher_gateway.egress import check_url
-from services.teacher_gateway.files import open_below
 from services.teacher_gateway.ledger import cost_microusd
 from services.teacher_gateway.problems import FieldError, ProblemError
+from services.teacher_gateway.prompt_lines import PromptLine
+from services.teacher_gateway.prompt_sources import check_source, snapshot
 from services.teacher_gateway.prompts import (
     Prompt,
-    PromptsRefused,
     RefusedLine,
     judge_all,
+    max_line_bytes,
+    read_again,
     read_prompts,
-    snapshot,
-    upload_digest,
 )
 from services.teacher_gateway.settings import TeacherGatewaySettings
-from services.teacher_gateway.split import Plan, plan
+from services.teacher_gateway.split import Plan, plan, teacher_of
 from services.teacher_gateway.terms.gate import Catalogue
 from services.teacher_gateway.timeouts import table
-from services.teacher_gateway.tokenizers import FoundTokenizer, find_tokenizer
+from services.teacher_gateway.tokenizers import FoundTokenizer, find_tokenizer, prompt_tokens
 from stillhouse.chassis.errors import PermanentError, RetryableError
+from stillhouse.chassis.references import sources_of
 from stillhouse.chassis.storage import ObjectStore
-from stillhouse.contracts.artifacts import upload_key
+from stillhouse.contracts.canonical import sha256_hex
+from stillhouse.contracts.chat import TemplateRefused
 from stillhouse.contracts.spec import Spec, Teacher, Verdict
 
 # A check counts the tokens of so many prompts; acceptance counts all.
@@ -44,6 +49,14 @@ _surveys = threading.BoundedSemaphore(2)
 
 class SurveysBusy(RetryableError):
     """Too many specs are being checked at once."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt of the spec that a preflight may ask; `tokens` of its rendering."""
+
+    line: PromptLine
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Survey:
     rejections: dict[str, int]
     prompt_tokens: int
     worst_case_microusd: int
+    samples: dict[str, list[Sample]]  # by the teacher that would be asked
 
 
 def budget_microusd(spec: Spec) -> int:
@@ -71,10 +85,11 @@ def admit(
     settings: TeacherGatewaySettings,
     catalogue: Catalogue,
     store: ObjectStore,
+    engine: Engine,
 ) -> list[Verdict]:
-    """Refuse what can be refused quickly: terms, addresses, secrets, missing files.
+    """Refuse what can be refused quickly: terms, addresses, secrets, missing prompts.
 
-    Raises ProblemError (422). The store is asked only about an upload.
+    Raises ProblemError (422).
     """
     verdicts = catalogue.judge(spec)
     denied = [v for v in verdicts if v.outcome == "deny"]
@@ -82,21 +97,13 @@ def admit(
         errors = [FieldError(field=_terms_field(spec, v), message=v.reason) for v in denied]
         raise ProblemError(422, "terms-denied", "; ".join(v.reason for v in denied), errors=errors)
     for number, teacher in enumerate(spec.teachers):
-        with _at(f"teachers[{number}].url"):
-            check_url(teacher.url or "", private=settings.private_teachers)
+        if teacher.url is not None:
+            with _at(f"teachers[{number}].url"):
+                check_url(teacher.url, private=settings.private_teachers)
         with _at(f"teachers[{number}].api_key"):
             check_secret(teacher, settings)
-    with _at("prompts.from"):
-        if spec.prompts.source.startswith("upload:"):
-            digest = upload_digest(spec.prompts.source)
-            if not store.exists(upload_key(tenant_id, digest)):
-                raise PromptsRefused(
-                    f"nothing was uploaded as {digest}: send the file with "
-                    f"PUT /v1/uploads/{digest}",
-                    reason="prompts_not_found",
-                )
-        else:
-            open_below(settings.file_roots, spec.prompts.source).close()
+    with _at("prompts.from" if spec.prompts.captured is None else "prompts.captured"):
+        check_source(spec, tenant_id, settings=settings, engine=engine, store=store)
     return verdicts
 
 
@@ -106,23 +113,34 @@ def survey(
     settings: TeacherGatewaySettings,
     catalogue: Catalogue,
     store: ObjectStore,
+    engine: Engine,
+    *,
+    samples: int = 0,
 ) -> Survey:
-    """Do all of acceptance that writes nothing. Raises ProblemError (422) or SurveysBusy."""
+    """Do all of acceptance that writes nothing, and read `samples` prompts of each teacher.
+
+    Raises ProblemError (422) or SurveysBusy.
+    """
     check_deadlines(spec, settings)
-    verdicts = admit(spec, tenant_id, settings, catalogue, store)
+    verdicts = admit(spec, tenant_id, settings, catalogue, store, engine)
     if not _surveys.acquire(timeout=20):
         raise SurveysBusy("two specs are being checked already")
     try:
         with _at("student"):
-            tokenizer = find_tokenizer(spec, settings.file_roots)
-        with _at("prompts"):
-            prompts, refused = _read(spec, tenant_id, settings, store, tokenizer)
+            tokenizer = find_tokenizer(spec, sources_of(settings))
+        with (
+            _at("prompts"),
+            snapshot(spec, tenant_id, settings=settings, engine=engine, store=store) as file,
+        ):
+            prompts, refused = _read(spec, settings, file, tokenizer)
             planned = plan(prompts, spec)
+            sampled = _sample(spec, file, prompts, tokenizer, samples)
     finally:
         _surveys.release()
-    measured = [prompt.tokens for prompt in prompts if prompt.tokens >= 0]
-    tokens = round(sum(measured) / len(measured) * len(prompts) * spec.prompts.samples)
-    price = spec.teachers[0].usd_per_million
+    tokens, worst = 0, 0
+    for teacher in spec.teachers:
+        asked, paid = _worst_case(spec, teacher, prompts)
+        tokens, worst = tokens + asked, worst + paid
     return Survey(
         verdicts=verdicts,
         tokenizer=tokenizer,
@@ -130,34 +148,55 @@ def survey(
         prompts=len(prompts),
         rejections=dict(Counter(line.reason for line in refused)),
         prompt_tokens=tokens,
-        worst_case_microusd=cost_microusd(price, tokens, planned.items * spec.signal.max_tokens),
+        worst_case_microusd=worst,
+        samples=sampled,
     )
 
 
+def _worst_case(spec: Spec, teacher: Teacher, prompts: list[Prompt]) -> tuple[int, int]:
+    """Prompt tokens that a teacher is asked, and the micro-dollars that its answers cost at most;
+    prompts that were not counted are taken for those that were."""
+    own = [prompt for prompt in prompts if prompt.teacher == teacher.name]
+    counted = [prompt.tokens for prompt in own if prompt.tokens >= 0] or [
+        prompt.tokens for prompt in prompts if prompt.tokens >= 0
+    ]
+    items = len(own) * spec.prompts.samples
+    tokens = round(sum(counted) / len(counted) * items)
+    return tokens, cost_microusd(teacher.usd_per_million, tokens, items * spec.signal.max_tokens)
+
+
 def _read(
-    spec: Spec,
-    tenant_id: str,
-    settings: TeacherGatewaySettings,
-    store: ObjectStore,
-    tokenizer: FoundTokenizer,
+    spec: Spec, settings: TeacherGatewaySettings, file: BinaryIO, tokenizer: FoundTokenizer
 ) -> tuple[list[Prompt], list[RefusedLine]]:
-    with snapshot(
-        spec.prompts.source,
-        tenant_id=tenant_id,
-        roots=settings.file_roots,
-        store=store,
-        folder=settings.work_dir,
-        max_bytes=settings.max_prompts_bytes,
-    ) as file:
-        return judge_all(
-            read_prompts(
-                file,
-                max_lines=settings.max_prompts,
-                max_tokens=spec.dataset.max_tokens,
-                tokens_of=lambda messages: len(tokenizer.chat.encode_prompt(messages)),
-                measured=MEASURED_PROMPTS,
-            )
+    return judge_all(
+        read_prompts(
+            file,
+            max_lines=settings.max_prompts,
+            max_line_bytes=max_line_bytes(spec),
+            max_tokens=spec.dataset.max_tokens,
+            teacher_of=teacher_of(spec),
+            tokens_of=lambda line: prompt_tokens(tokenizer.chat, line),
+            measured=MEASURED_PROMPTS,
         )
+    )
+
+
+def _sample(
+    spec: Spec, file: BinaryIO, prompts: Sequence[Prompt], tokenizer: FoundTokenizer, count: int
+) -> dict[str, list[Sample]]:
+    """Some prompts of each teacher, by the spec's seed."""
+    seed = spec.training.seed
+    ordered = sorted(prompts, key=lambda p: sha256_hex(f"{seed}:sample:{p.sha256}".encode()))
+    found: dict[str, list[Sample]] = {teacher.name: [] for teacher in spec.teachers}
+    for prompt in ordered if count else ():
+        if len(found[prompt.teacher]) == count:
+            continue
+        line = read_again(file, prompt)
+        try:
+            found[prompt.teacher].append(Sample(line, prompt_tokens(tokenizer.chat, line)))
+        except TemplateRefused:
+            continue  # one of those that a check does not count, and acceptance refuses
+    return found
 
 
 def check_deadlines(spec: Spec, settings: TeacherGatewaySettings) -> None:

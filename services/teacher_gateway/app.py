@@ -3,29 +3,64 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.types import Receive, Scope, Send
 
 from services.teacher_gateway import problems
+from services.teacher_gateway.capture.endpoint import CaptureEndpoint
+from services.teacher_gateway.capture.teachers import Registration
 from services.teacher_gateway.database import open_engine
-from services.teacher_gateway.limits import RequestLimits
+from services.teacher_gateway.event_streams import EventStreams
 from services.teacher_gateway.metrics import RequestMetrics
 from services.teacher_gateway.problems import Problem
-from services.teacher_gateway.routes import operations, pipelines, records, results, uploads
+from services.teacher_gateway.request_limits import RequestLimits
+from services.teacher_gateway.routes import (
+    accounts,
+    captured,
+    operations,
+    pipelines,
+    records,
+    results,
+    teachers,
+    uploads,
+)
 from services.teacher_gateway.routes.parts import Gateway
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.terms.gate import load_catalogue
 from stillhouse.chassis.storage import open_store
 from stillhouse.contracts.spec import Spec
 
-ROUTERS = (pipelines.router, records.router, results.router, uploads.router, operations.router)
+ROUTERS = (
+    pipelines.router,
+    records.router,
+    results.router,
+    accounts.router,
+    teachers.router,
+    captured.router,
+    uploads.router,
+    operations.router,
+)
 
 
-def create_app(settings: TeacherGatewaySettings) -> FastAPI:
+class GatewayApp(FastAPI):
+    """The REST API, and beside it the capture endpoint, whose calls meet none of its layers."""
+
+    capture: CaptureEndpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.capture.takes(scope["path"]):
+            await self.capture(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create_app(settings: TeacherGatewaySettings) -> GatewayApp:
     """Build the API with parts of its own. Raises PermanentError for a bad catalogue of terms."""
     return app_of(
         Gateway(
@@ -38,15 +73,16 @@ def create_app(settings: TeacherGatewaySettings) -> FastAPI:
     )
 
 
-def app_of(gateway: Gateway) -> FastAPI:
+def app_of(gateway: Gateway) -> GatewayApp:
     """Build the API on given parts."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with app.capture.running():
+            yield
         gateway.engine.dispose()
 
-    app = FastAPI(
+    app = GatewayApp(
         title="Stillhouse",
         version=_version(),
         description="Distil a large language model into a small one, as a service.",
@@ -57,6 +93,8 @@ def app_of(gateway: Gateway) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.gateway = gateway
+    app.capture = CaptureEndpoint(gateway, environ=os.environ)
+    app.state.event_streams = EventStreams(gateway.engine, gateway.settings)
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)
@@ -73,7 +111,7 @@ def app_of(gateway: Gateway) -> FastAPI:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with the two schemas that no parameter or answer of it brings in."""
+    """FastAPI's document with the schemas that no parameter or answer of it brings in."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,
@@ -82,7 +120,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (Problem, Spec):
+        for model in (Problem, Spec, Registration):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= {k: v for k, v in schema.pop("$defs", {}).items() if k not in schemas}
             schemas[model.__name__] = schema

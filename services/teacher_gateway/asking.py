@@ -2,7 +2,8 @@
 
 One attempt at a batch: some callers share the items, one writer stores the answers in parts, one
 beat renews the lease. Everything on a clock of this process: a call starts only while it can end
-within the attempt, and nothing is asked once the lease is not surely held.
+within the attempt, and nothing is asked once the lease is not surely held. Each call waits for its
+turn, which all who ask this teacher share (`turns`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from typing import Protocol
 from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import CALL_SECONDS, CALLS, TOKENS
 from services.teacher_gateway.ledger import cost_microusd
-from services.teacher_gateway.parts import PART_ANSWERS, PART_SECONDS, encode_part
-from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
+from services.teacher_gateway.parts import (
+    PART_ANSWERS,
+    PART_SECONDS,
+    Part,
+    answers_in,
+    encode_part,
+)
+from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Reject, Retry
 from services.teacher_gateway.timeouts import GatewayTimeouts
+from services.teacher_gateway.turns import Turns
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import RetryableError, StoreUnavailable
 from stillhouse.chassis.logs import logger
 from stillhouse.chassis.storage import AlreadyExists
 from stillhouse.contracts.artifacts import ObjectRef
-from stillhouse.contracts.chat import Message
 from stillhouse.contracts.responses import Answer, Item
 from stillhouse.contracts.spec import Price
 
@@ -48,6 +55,7 @@ class Asked:
 
     item: Item
     worst_microusd: int
+    worst_tokens: int = 0  # of prompt and answer
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,11 @@ class Books(Protocol):
 
 
 class Ask(Protocol):
-    async def __call__(
-        self, messages: list[Message], *, seed_of: str, deadline: float
-    ) -> Outcome: ...
+    async def __call__(self, call: Call, *, deadline: float) -> Outcome: ...
+
+
+class NoTurn(Exception):
+    """The teacher's limits leave no turn for a call in time."""
 
 
 class Question(Protocol):
@@ -91,15 +101,17 @@ class Question(Protocol):
     answer."""
 
     async def __call__(self, *, deadline: float) -> Retry | None:
-        """Why nobody answers now; None when somebody is there, or when it must not be asked."""
+        """Why nobody answers now; None when somebody is there, or when it must not be asked.
+
+        Raises NoTurn when it could not be asked by its deadline.
+        """
 
 
 @dataclass
 class Result:
     """What an attempt came to."""
 
-    parts: list[ObjectRef] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     given_up: list[GivenUp] = field(default_factory=list)
     rejected: set[str] = field(default_factory=set)
     stopping: bool = False
@@ -107,6 +119,10 @@ class Result:
     heard: bool = False
     # Why nobody was there to answer, where that is why items have no answer.
     away: Retry | None = None
+
+    @property
+    def answers(self) -> list[Answer]:
+        return answers_in(self.parts)
 
     @property
     def silent(self) -> bool:
@@ -134,9 +150,12 @@ class Attempt:
         rng: random.Random | None = None,
         question: Question | None = None,
         suspect: bool = False,
+        turns: Turns | None = None,
     ) -> None:
-        """`suspect`: the last attempt found the teacher away, so the question goes first."""
+        """`suspect`: the teacher was away when it was asked last, so the question goes first.
+        Without `turns` nobody else asks this teacher."""
         self._ask = ask
+        self._turns = turns or Turns(concurrency)
         self._books = books
         self._price = price
         self._times = times
@@ -150,7 +169,6 @@ class Attempt:
         self._queue: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._halted = asyncio.Event()
         self._slots = asyncio.Semaphore(concurrency + UNSTORED_ANSWERS)
-        self._slower_until = 0.0
         self._question = question
         self._suspect = suspect and question is not None
         self._callers: list[asyncio.Task[None]] = []
@@ -183,28 +201,42 @@ class Attempt:
         if self._suspect and await self._nobody_is_there():
             return
         waiting = deque(items)
+        self._turns.wanted = min(self._concurrency, len(items))
         self._callers = [
             asyncio.create_task(self._call(waiting), name="caller")
-            for _ in range(min(self._concurrency, len(items)))
+            for _ in range(self._turns.wanted)
         ]
         await asyncio.gather(*self._callers)
         found = self._result
         if self._question is None or not found.silent or self._halted.is_set():
             return
         last = found.given_up[-1]
+        away = Retry(last.reason, last.detail, last.after, away=True)
         if any(gone.reason == reasons.TEACHER_UNREACHABLE for gone in found.given_up):
-            found.away = Retry(last.reason, last.detail, last.after, away=True)
-        elif self._ends - time.monotonic() >= _QUESTION_LEAST_SECONDS:
+            found.away = away
+        elif self._time_to_ask() >= _QUESTION_LEAST_SECONDS:
             await self._nobody_is_there()
-        elif not self._suspect:
-            # No time to ask: the next attempt begins with the question.
-            found.away = Retry(last.reason, last.detail, last.after, away=True)
+        elif not self._suspect or self._turns.cooling:
+            # No time to ask, or it asked for none: the next attempt begins with the question.
+            found.away = away
+
+    def _time_to_ask(self) -> float:
+        """Seconds that are left for the question, after the pause that the teacher asked for."""
+        return self._ends - time.monotonic() - self._turns.cooling
 
     async def _nobody_is_there(self) -> bool:
         assert self._question is not None, "checked by the callers"
-        left = self._ends - time.monotonic()
-        seconds = min(self._call_seconds, _QUESTION_SECONDS, left)
-        self._result.away = await self._question(deadline=seconds)
+        cooling, left = self._turns.cooling, self._time_to_ask()
+        if cooling and left < _QUESTION_LEAST_SECONDS:
+            detail = f"it asked for a pause, of which {cooling:.0f} s are left"
+            self._result.away = Retry(reasons.TEACHER_RATE_LIMITED, detail, cooling, away=True)
+            return True
+        await self._pause(cooling)
+        try:
+            seconds = min(self._call_seconds, _QUESTION_SECONDS, left)
+            self._result.away = await self._question(deadline=seconds)
+        except NoTurn:
+            return False  # then there is none for items either, and others ask it
         return self._result.away is not None
 
     def _may_call(self) -> bool:
@@ -217,6 +249,7 @@ class Attempt:
     async def _call(self, waiting: deque[Asked]) -> None:
         while waiting and self._may_call():
             await self._one(waiting.popleft())
+        self._turns.wanted -= 1
 
     async def _one(self, asked: Asked) -> None:
         """Ask for one item until it is answered, rejected, or given up for now."""
@@ -225,10 +258,9 @@ class Attempt:
             await self._slots.acquire()
             held = True
             try:
-                await self._pause(self._slower_until - time.monotonic())
-                if not self._may_call():
+                outcome = await self._in_turn(asked)
+                if outcome is None:
                     break
-                outcome = await self._timed(item)
                 if isinstance(outcome, Answered) and (over := self._over(asked, outcome)):
                     outcome = over
                 if isinstance(outcome, Answered | Reject):
@@ -257,16 +289,30 @@ class Attempt:
             if time.monotonic() + wait + self._call_seconds > self._ends:
                 break  # a longer wait is the batch's `next_attempt_at`, never a sleep
             if outcome.reason == reasons.TEACHER_RATE_LIMITED:
-                self._slower_until = max(self._slower_until, time.monotonic() + wait)
+                self._turns.pause(wait)
             await self._pause(wait)
         if last is not None:
             self._result.given_up.append(
                 GivenUp(item.item_id, last.reason, last.detail, last.after, last.away)
             )
 
+    async def _in_turn(self, asked: Asked) -> Outcome | None:
+        """Make a call when it may be made; None when that is not within the attempt."""
+        turn = await self._turns.enter(asked.worst_tokens, self._ends - self._call_seconds)
+        if turn is None:
+            return None
+        outcome = None
+        try:
+            if self._may_call():
+                outcome = await self._timed(asked.item)
+            return outcome
+        finally:
+            self._turns.leave(turn, outcome)
+
     async def _timed(self, item: Item) -> Outcome:
         started = time.monotonic()
-        outcome = await self._ask(item.messages, seed_of=item.item_id, deadline=self._call_seconds)
+        call = Call(item.messages, item.item_id, tools=item.tools, given=item.answer)
+        outcome = await self._ask(call, deadline=self._call_seconds)
         CALL_SECONDS.observe(time.monotonic() - started)
         CALLS.labels("answered" if isinstance(outcome, Answered) else outcome.reason).inc()
         if isinstance(outcome, Answered):
@@ -344,8 +390,7 @@ class Attempt:
                     raise
                 log.warning("a part was not stored yet", why=str(error))
                 await asyncio.sleep(1)
-        self._result.parts.append(ref)
-        self._result.answers.extend(batch)
+        self._result.parts.append(Part(ref, tuple(batch)))
         crash_point("part_stored")
 
     async def _beat(self) -> None:
@@ -368,4 +413,5 @@ class Attempt:
         if not going:
             self._result.stopping = True
             self._halted.set()
+            self._turns.stop()
         return going

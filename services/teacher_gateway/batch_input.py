@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -14,14 +15,16 @@ from services.teacher_gateway.ledger import cost_microusd
 from stillhouse.chassis.errors import MissingObject
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef, spec_key
-from stillhouse.contracts.chat import ChatTokenizer, Message, TemplateRefused
+from stillhouse.contracts.chat import ChatTokenizer, Message, TemplateRefused, Tools
 from stillhouse.contracts.responses import Item
-from stillhouse.contracts.spec import ResolvedSpec
+from stillhouse.contracts.spec import ResolvedSpec, Signal, Teacher
 
 _MESSAGES = TypeAdapter(list[Message])
 _KEPT_TOKENIZERS = 4
-# What a template may write around each message, in tokens, where it cannot be rendered.
+# What a template may write around each message, in tokens, where it cannot be rendered, and what
+# a provider may write about the tools in a prompt.
 _TOKENS_AROUND = 64
+_TOKENS_ABOUT_TOOLS = 1024
 
 _tokenizers: OrderedDict[str, ChatTokenizer] = OrderedDict()
 
@@ -31,6 +34,8 @@ class BatchInput:
     """The items of a batch in their order."""
 
     resolved: ResolvedSpec
+    teacher: Teacher
+    signal: Signal
     asked: tuple[Asked, ...]
 
 
@@ -54,12 +59,14 @@ def read_tokenizer(store: ObjectStore, ref: ObjectRef) -> ChatTokenizer:
     return kept
 
 
-def read_batch(store: ObjectStore, tenant: str, pipeline: str, prompts: ObjectRef) -> BatchInput:
+def read_batch(
+    store: ObjectStore, tenant: str, pipeline: str, batch: int, prompts: ObjectRef
+) -> BatchInput:
     """Read the items of a batch with the most that one answer to each can cost."""
     resolved = read_spec(store, tenant, pipeline)
     chat = read_tokenizer(store, resolved.tokenizer)
     rows = pq.read_table(io.BytesIO(store.get(prompts))).to_pylist()
-    price, most = resolved.teacher.usd_per_million, resolved.spec.signal.max_tokens
+    teacher, signal = resolved.teacher_of(batch), resolved.signal_of(batch)
     asked = []
     for row in rows:
         item = Item(
@@ -67,16 +74,38 @@ def read_batch(store: ObjectStore, tenant: str, pipeline: str, prompts: ObjectRe
             prompt_id=row["prompt_id"],
             sample=row["sample"],
             messages=_MESSAGES.validate_json(row["messages"]),
+            tools=row["tools"] and json.loads(row["tools"]),
+            answer=row["answer"],
             prompt_sha256=row["prompt_sha256"],
         )
-        worst = cost_microusd(price, prompt_tokens_bound(chat, item.messages), most)
-        asked.append(Asked(item, worst))
-    return BatchInput(resolved, tuple(asked))
+        tokens = prompt_tokens_bound(
+            chat, item.messages, item.tools, ours=counts_as_we_do(teacher, signal)
+        )
+        worst = cost_microusd(teacher.usd_per_million, tokens, signal.max_tokens)
+        asked.append(Asked(item, worst, tokens + signal.max_tokens))
+    return BatchInput(resolved, teacher, signal, tuple(asked))
 
 
-def prompt_tokens_bound(chat: ChatTokenizer, messages: list[Message]) -> int:
-    """The tokens of a rendered conversation; at most, where the template refuses it."""
+def counts_as_we_do(teacher: Teacher, signal: Signal) -> bool:
+    """Whether a teacher's own tokenizer is ours: it must be wherever its tokens carry a signal."""
+    return signal.kind != "text" or (teacher.url is None and teacher.weights is None)
+
+
+def prompt_tokens_bound(
+    chat: ChatTokenizer, messages: list[Message], tools: Tools | None = None, *, ours: bool = True
+) -> int:
+    """The tokens of a rendered conversation; at most, where the template refuses it or the
+    teacher's tokenizer is not `ours`: a token stands for a byte at least."""
+    rendered = 0
     try:
-        return len(chat.encode_prompt(messages))
+        rendered = len(chat.encode_prompt(messages, tools))
+        if ours:
+            return rendered
     except TemplateRefused:
-        return sum(len(m.content.encode()) + _TOKENS_AROUND for m in messages) + _TOKENS_AROUND
+        pass
+    parts = [m.model_dump_json(exclude_none=True) for m in messages]
+    around = (len(parts) + 1) * _TOKENS_AROUND
+    if tools:
+        parts.append(json.dumps(tools))
+        around += _TOKENS_ABOUT_TOOLS
+    return max(rendered, sum(len(part.encode()) for part in parts) + around)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from services.teacher_gateway import answer_cache
 from services.teacher_gateway.asking import (
     UNSTORED_ANSWERS,
     Asked,
@@ -32,7 +33,7 @@ from services.teacher_gateway.ledger import (
     settle,
 )
 from services.teacher_gateway.models import Batch, Charge, Item, Pipeline
-from services.teacher_gateway.parts import Series
+from services.teacher_gateway.parts import Part, Series, answers_in
 from services.teacher_gateway.teachers.outcomes import Reject
 from stillhouse.contracts.artifacts import (
     ObjectRef,
@@ -55,9 +56,16 @@ class Books:
         self._given = given
         self._holds_until = started + context.times.lease
         self.started = started  # by time.monotonic()
+        # What the cache gave, stored before anything is asked; None while that is not known.
+        self.cached: list[Part] | None = []
         # What is known of this attempt if it cannot go on: whether it asked, and what came.
         self.asked = False
         self.result: Result | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """What this attempt stored, in sequence."""
+        return [*(self.cached or ()), *(self.result.parts if self.result else ())]
 
     def fenced(self, session: Session) -> Batch:
         """The batch's row, held for this transaction, if it is still this attempt's."""
@@ -112,7 +120,7 @@ class Books:
             lines.append(self._line(charge_id, "unknown", worst, outcome.detail))
         elif outcome.usage is not None and self._given is not None:
             cost = cost_microusd(
-                self._given.resolved.teacher.usd_per_million,
+                self._given.teacher.usd_per_million,
                 outcome.usage.prompt_tokens,
                 outcome.usage.completion_tokens,
             )
@@ -137,6 +145,10 @@ class Books:
             )
 
     def store(self, number: int, data: bytes) -> ObjectRef:
+        """Store a part; what the cache gave comes before it."""
+        return self.store_at(number + len(self.cached or ()), data)
+
+    def store_at(self, number: int, data: bytes) -> ObjectRef:
         claim = self._claim
         key = part_key(claim.tenant_id, claim.pipeline_id, claim.batch, claim.attempt, number)
         return self._context.store.put_new(key, data)
@@ -149,12 +161,7 @@ class Books:
             return
         with transaction(self._context.engine) as session:
             row = self.fenced(session)
-            lines: list[Line] = []
-            for found in (s for s in series if s.attempt in claim.dead):
-                fresh = [a for a in found.answers if a.item_id in claim.pending]
-                lines.append(answers_line(claim.batch, found.attempt, fresh))
-                record_answers(session, claim, fresh)
-                ADOPTED.inc(len(fresh))
+            lines = self.adopt_stored(session, series)
             spent = sum(line.microusd for line in lines)
             lines.append(self._crash_line(row.reserved_microusd - spent))
             if not settle(session, claim.pipeline_id, lines, release=row.reserved_microusd):
@@ -162,6 +169,20 @@ class Books:
             row.reserved_microusd = 0
             plan(session, claim, given)
             row.reserved_microusd = sum(asked.worst_microusd for asked in claim.asks)
+
+    def adopt_stored(self, session: Session, series: Sequence[Series]) -> list[Line]:
+        """Record what dead attempts stored; the lines that settle it."""
+        claim = self._claim
+        lines: list[Line] = []
+        for found in (s for s in series if s.attempt in claim.dead):
+            fresh = [
+                Part(part.ref, tuple(a for a in part.answers if a.item_id in claim.pending))
+                for part in found.parts
+            ]
+            lines.append(answers_line(claim.batch, found.attempt, answers_in(fresh)))
+            record_answers(session, claim, fresh)
+            ADOPTED.inc(lines[-1].answers)
+        return lines
 
     def _crash_line(self, reserved: int) -> Line:
         """The most that the attempt that died can have been billed for answers that it lost.
@@ -172,7 +193,7 @@ class Books:
         claim, dead = self._claim, self._claim.dead[0]
         most = reserved
         if self._given is not None:
-            unstored = self._given.resolved.teacher.limits.concurrency + UNSTORED_ANSWERS
+            unstored = self._given.teacher.limits.concurrency + UNSTORED_ANSWERS
             worst = sorted(
                 (
                     asked.worst_microusd
@@ -194,25 +215,29 @@ class Books:
     def let_go(self, session: Session) -> Batch:
         """Settle what is known of an attempt that cannot go on, and free its batch.
 
-        What it may have been asking stays reserved, until the next attempt has read its parts.
+        What it may have been asking stays reserved, until the next attempt has read its parts; and
+        so does what a provider works on.
         """
         claim = self._claim
         row = self.fenced(session)
         row.holder, row.lease_until = "", 0.0
-        answers = [] if not self.asked else self.result.answers if self.result else None
-        line = answers_line(claim.batch, claim.attempt, answers or [])
-        booked = session.get(Charge, (claim.pipeline_id, line.charge_id))
-        if answers is None or booked is not None:
+        if (self.asked and self.result is None) or row.provider_batch is not None:
+            return row
+        line = answers_line(claim.batch, claim.attempt, answers_in(self.parts))
+        if session.get(Charge, (claim.pipeline_id, line.charge_id)) is not None:
             return row
         # The reservation is a dead attempt's as long as that one is not settled.
         settled = [f"answers:{claim.batch}:{dead}" for dead in claim.dead]
         found = [session.get(Charge, (claim.pipeline_id, charge_id)) for charge_id in settled]
         mine = all(charge is not None for charge in found)
         release = row.reserved_microusd if mine else 0
-        if not settle(session, claim.pipeline_id, [line], release=release):
+        # Where a part of the cache may lie in the store, the next attempt reads and settles it.
+        lines = [] if self.cached is None else [line]
+        if not settle(session, claim.pipeline_id, lines, release=release):
             raise AssertionError("what is released pays for what is booked")
         row.reserved_microusd -= release
-        record_answers(session, claim, answers)
+        if lines:
+            record_answers(session, claim, self.parts)
         return row
 
     def _line(self, charge_id: str, kind: Kind, microusd: int, detail: str) -> Line:
@@ -233,11 +258,13 @@ def answers_line(batch: int, attempt: int, answers: Iterable[Answer]) -> Line:
         batch=batch,
         attempt=attempt,
         answers=len(found),
+        cached=sum(answer.cached for answer in found),
     )
 
 
-def record_answers(session: Session, claim: Claim, answers: Sequence[Answer]) -> None:
-    """Note which items are answered, and what that took."""
+def record_answers(session: Session, claim: Claim, parts: Sequence[Part]) -> None:
+    """Note which items are answered, what that took, and where the cache finds it."""
+    answers = answers_in(parts)
     for answer in answers:
         changed(
             session,
@@ -250,15 +277,17 @@ def record_answers(session: Session, claim: Claim, answers: Sequence[Answer]) ->
             .values(outcome="answered", cost_microusd=answer.cost_microusd),
         )
         claim.pending.pop(answer.item_id, None)
-    if answers:
+    answer_cache.remember(session, claim.tenant_id, claim.keys, parts)
+    paid = [answer for answer in answers if not answer.cached]
+    if paid:
         changed(
             session,
             update(Pipeline)
             .where(Pipeline.pipeline_id == claim.pipeline_id)
             .values(
-                prompt_tokens=Pipeline.prompt_tokens + sum(a.prompt_tokens for a in answers),
+                prompt_tokens=Pipeline.prompt_tokens + sum(a.prompt_tokens for a in paid),
                 completion_tokens=Pipeline.completion_tokens
-                + sum(a.completion_tokens for a in answers),
+                + sum(a.completion_tokens for a in paid),
             ),
         )
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from services.teacher_gateway import answer_cache
+from services.teacher_gateway.answer_cache import Kept
 from services.teacher_gateway.asking import (
     Asked,
 )
@@ -26,6 +28,7 @@ from services.teacher_gateway.ledger import (
 )
 from services.teacher_gateway.models import Batch, Charge, Item
 from services.teacher_gateway.stop import TERMINAL
+from services.teacher_gateway.timeouts import GatewayTimeouts
 
 # Attempts that died while they held a batch, before it is given up.
 MOST_CRASHES = 10
@@ -51,6 +54,9 @@ class Claim:
     # Attempts in a row that found the teacher away, and those whose worker died.
     away: int = 0
     crashes: int = 0
+    # The digest of each item's question, and where those that were paid for before are answered.
+    keys: dict[str, str] = field(default_factory=dict)
+    cached: dict[str, Kept] = field(default_factory=dict)
     asks: list[Asked] = field(default_factory=list)
     # Nothing is reserved elsewhere and not even one item's worst case fits.
     exhausted: bool = False
@@ -61,14 +67,23 @@ class Claim:
 def claimable(row: Batch, clock: float) -> bool:
     if row.state == "closed" or row.lease_until > clock:
         return False
-    overdue = row.close_by is not None and row.close_by <= clock
+    overdue = row.close_by is not None and row.close_by <= clock and row.provider_batch is None
     return row.state == "due" or row.next_attempt_at <= clock or overdue
 
 
 def claim_batch(
-    context: Context, pipeline_id: str, batch: int, given: BatchInput | None
+    context: Context,
+    pipeline_id: str,
+    batch: int,
+    given: BatchInput | None,
+    keys: dict[str, str] | None = None,
+    *,
+    plans: bool = True,
 ) -> Claim | None:
-    """Step 1. None when another worker holds the batch, or its turn has not come."""
+    """Step 1. None when another worker holds the batch, or its turn has not come.
+
+    Without `plans` nothing is chosen and nothing is reserved yet.
+    """
     times = context.times
     with transaction(context.engine) as session:
         pipeline = lock(session, pipeline_id)
@@ -111,12 +126,15 @@ def claim_batch(
             overdue=row.close_by is not None and row.close_by <= clock,
             away=row.away,
             crashes=row.crashes,
+            keys=keys or {},
         )
-        if not claim.dead:
+        unanswered = {i: key for i, key in claim.keys.items() if i in claim.pending}
+        claim.cached = answer_cache.find(session, claim.tenant_id, unanswered)
+        if plans and not claim.dead:
             plan(session, claim, given)
             if claim.must_wait:
                 row.state, row.lease_until = "waiting", 0.0
-                row.next_attempt_at = clock + times.budget_wait
+                row.next_attempt_at = clock + budget_wait(times, given)
                 return None
             row.reserved_microusd = sum(asked.worst_microusd for asked in claim.asks)
         row.epoch, row.attempt = claim.epoch, claim.attempt
@@ -126,6 +144,12 @@ def claim_batch(
     return claim
 
 
+def budget_wait(times: GatewayTimeouts, given: BatchInput | None) -> float:
+    """Seconds to wait for reservations elsewhere; what a provider works on stays reserved long."""
+    slow = given is not None and given.teacher.batch_api
+    return times.provider_poll if slow else times.budget_wait
+
+
 def stand_still(row: Batch, seconds: float) -> None:
     """Leave time in which nobody could answer out of a batch's deadline, within its bound."""
     if row.close_by is not None and row.close_latest is not None:
@@ -133,10 +157,14 @@ def stand_still(row: Batch, seconds: float) -> None:
 
 
 def plan(session: Session, claim: Claim, given: BatchInput | None) -> None:
-    """Decide what to ask for and reserve its worst case: all, or what the budget still bears."""
+    """Decide what to ask for and reserve its worst case: all, or what the budget still bears.
+
+    What the cache has is not asked for.
+    """
     if given is None or claim.stopping or claim.overdue or claim.crashes >= MOST_CRASHES:
         return
-    wanted = [asked for asked in given.asked if asked.item.item_id in claim.pending]
+    unknown = claim.pending.keys() - claim.cached.keys()
+    wanted = [asked for asked in given.asked if asked.item.item_id in unknown]
     if not wanted:
         return
     if reserve(session, claim.pipeline_id, sum(asked.worst_microusd for asked in wanted)):

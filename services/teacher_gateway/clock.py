@@ -1,10 +1,11 @@
 """The clock: what must happen without being asked for, in small duties that can be repeated.
 
-    every tick      outbox to broker; dead leases reaped; due jobs enqueued
+    every tick      outbox to broker; dead leases reaped; due jobs enqueued; dead tranches listed
     every few       re-drive
 
 One clock is active, by a lease row; a second one waits. A duty that meets an error is logged and
-done again at the next tick: it never ends the clock. What needs the store is a job.
+done again at the next tick: it never ends the clock. What needs the store is a job, or, for spools
+of captured traffic that lie on this machine, done by a thread beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from sqlalchemy import Engine, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from services.teacher_gateway.capture.ship import sweep_until
+from services.teacher_gateway.capture.tranches import expire
 from services.teacher_gateway.counters import TICK_ERRORS
 from services.teacher_gateway.database import now, open_engine, reading, transaction
 from services.teacher_gateway.dispatch import (
@@ -44,6 +47,7 @@ from stillhouse.chassis.errors import RetryableError
 from stillhouse.chassis.health import Heartbeat
 from stillhouse.chassis.jobs import Job, enqueue, make_app
 from stillhouse.chassis.logs import logger
+from stillhouse.chassis.storage import open_store
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.flow import GATEWAY, Service
 
@@ -81,6 +85,7 @@ class Clock:
         self._duty("relay", self.relay)
         self._duty("dispatch", self.dispatch)
         self._duty("enqueue", self.enqueue_waiting)
+        self._duty("tranches", lambda: expire(self.engine))
         if time.monotonic() - self._redriven_at >= self.times.redrive / 10:
             self._redriven_at = time.monotonic()
             self._duty("redrive", self.redrive)
@@ -265,6 +270,9 @@ def run(settings: TeacherGatewaySettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     metrics.serve(settings, health=beat.healthy, collectors=[StateCollector(engine, settings)])
+    store = open_store(settings, connect_timeout=2, read_timeout=20, attempts=1)
+    sweep = (ended, settings.captured_folder, engine, store)
+    threading.Thread(target=sweep_until, args=sweep, name="capture-sweep", daemon=True).start()
     try:
         while not ended.wait(clock.times.tick):
             clock.tick()

@@ -3,11 +3,16 @@
 Train batches wait for `heldout.sealed`, and with `start: after_student` for the student's step 0
 as well, ten minutes at most. Over all pipelines only so many batches are open that a process of
 the workers stays free for events.
+
+Tenants take turns, in them pipelines, in those teachers. A teacher that is away, or asked for a
+pause, is asked nothing; after that one batch goes first. One that hangs keeps no place that another
+teacher needs: where several have open batches, none has all places.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +20,11 @@ from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now
+from services.teacher_gateway.endpoints import asked_again_at
 from services.teacher_gateway.ledger import changed
-from services.teacher_gateway.models import Batch, History, Pipeline
+from services.teacher_gateway.models import Batch, History, Pipeline, TeacherEndpoint
 from services.teacher_gateway.stop import TERMINAL
+from services.teacher_gateway.strain import calls_at_once
 from services.teacher_gateway.timeouts import GatewayTimeouts
 from stillhouse.contracts.events import CheckpointSaved, HeldoutSealed
 
@@ -30,6 +37,9 @@ class Due:
     pipeline_id: str
     batch: int
     epoch: int
+    endpoint: str = ""
+    # Whether items are asked for, and it is not only closed or looked at.
+    asks: bool = True
 
 
 def _dead(clock: float) -> ColumnElement[bool]:
@@ -56,64 +66,168 @@ def reap(session: Session) -> int:
 
 
 def find_due(session: Session, times: GatewayTimeouts, *, window: int, at_once: int) -> list[Due]:
-    """Choose batches to ask for, fairly between pipelines, `at_once` of all in flight."""
+    """Choose batches to ask for, fairly, `at_once` of all in flight."""
     clock = now(session)
-    in_flight: dict[str, int] = {}
-    for (pipeline_id,) in session.execute(select(Batch.pipeline_id).where(Batch.state == "due")):
-        in_flight[pipeline_id] = in_flight.get(pipeline_id, 0) + 1
-    free = at_once - sum(in_flight.values())
+    flying = Counter[tuple[str, ...]]()
+    columns = (Batch.tenant_id, Batch.pipeline_id, Batch.endpoint)
+    for tenant, pipeline_id, endpoint in session.execute(
+        select(*columns).where(Batch.state == "due")
+    ):
+        _count(flying, tenant, pipeline_id, endpoint)
+    free = at_once - flying[()]
     if free <= 0:
         return []
+    places = _places(session, at_once)
+    closed = {name for name, row in places.rows.items() if asked_again_at(row) > clock}
     pipelines = session.execute(
-        select(Pipeline).where(
+        select(Pipeline)
+        .where(
             Pipeline.state == "running",
             or_(Pipeline.collect == "running", Pipeline.stopping != ""),
         )
+        .order_by(Pipeline.created_at, Pipeline.pipeline_id)
     ).scalars()
-    queues = {
-        pipeline.pipeline_id: _ready(session, pipeline, times, window, clock)
-        for pipeline in sorted(pipelines, key=lambda p: p.created_at)
-    }
+    queues: dict[tuple[str, str, bool], list[Due]] = {}
+    ages: dict[str, int] = {}
+    for age, pipeline in enumerate(pipelines):
+        ages[pipeline.pipeline_id] = age
+        for due in _ready(session, pipeline, times, window, clock, closed):
+            queues.setdefault((due.pipeline_id, due.endpoint, due.asks), []).append(due)
     chosen: list[Due] = []
     while len(chosen) < free:
-        waiting = [name for name, queue in queues.items() if queue]
-        if not waiting:
+        first = [queue[0] for queue in queues.values() if queue]
+        may_go = [
+            due
+            for due in first
+            if not due.asks or flying[("at", due.endpoint)] < places.of(due.endpoint)
+        ]
+        if not may_go:
             break
-        first = min(waiting, key=lambda name: in_flight.get(name, 0))
-        chosen.append(queues[first].pop(0))
-        in_flight[first] = in_flight.get(first, 0) + 1
+        best = min(
+            may_go,
+            key=lambda due: (
+                [flying[part] for part in _parts_of(due)],
+                ages[due.pipeline_id],
+                due.batch,
+            ),
+        )
+        queues[best.pipeline_id, best.endpoint, best.asks].pop(0)
+        chosen.append(best)
+        _count(flying, best.tenant_id, best.pipeline_id, best.endpoint)
     return chosen
 
 
+@dataclass(frozen=True)
+class _Places:
+    """How many batches of each endpoint may be in flight."""
+
+    rows: dict[str, TeacherEndpoint]
+    most: int
+
+    def of(self, endpoint: str) -> int:
+        row = self.rows.get(endpoint)
+        if row is None:
+            return self.most
+        if row.away:
+            return 1  # whether the teacher is back
+        # More would only wait for a call.
+        return min(self.most, calls_at_once(row, self.most))
+
+
+def _places(session: Session, at_once: int) -> _Places:
+    still_open = (
+        select(Batch.endpoint)
+        .join(Pipeline, Pipeline.pipeline_id == Batch.pipeline_id)
+        .where(Batch.state != "closed", Pipeline.state == "running", Pipeline.stopping == "")
+        .distinct()
+    )
+    names = list(session.execute(still_open).scalars())
+    rows = session.execute(
+        select(TeacherEndpoint).where(TeacherEndpoint.endpoint.in_(names))
+    ).scalars()
+    most = max(1, at_once - 1) if len(names) > 1 else at_once
+    return _Places({row.endpoint: row for row in rows}, most)
+
+
+def _parts_of(due: Due) -> tuple[tuple[str, ...], ...]:
+    """Whose places a batch takes, the most important one first."""
+    return (
+        ("tenant", due.tenant_id),
+        ("pipeline", due.pipeline_id),
+        ("in", due.pipeline_id, due.endpoint),
+    )
+
+
+def _count(flying: Counter[tuple[str, ...]], tenant: str, pipeline_id: str, endpoint: str) -> None:
+    flying.update(
+        [
+            (),
+            ("tenant", tenant),
+            ("pipeline", pipeline_id),
+            ("in", pipeline_id, endpoint),
+            ("at", endpoint),
+        ]
+    )
+
+
 def _ready(
-    session: Session, pipeline: Pipeline, times: GatewayTimeouts, window: int, clock: float
+    session: Session,
+    pipeline: Pipeline,
+    times: GatewayTimeouts,
+    window: int,
+    clock: float,
+    closed: set[str],
 ) -> list[Due]:
-    """The batches of one pipeline that may be asked now, lowest first."""
+    """The batches of one pipeline that may be asked now, lowest first; of the endpoints that are
+    `closed` only those whose deadline came."""
     open_ones = (
         select(Batch)
         .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.state != "closed")
         .order_by(Batch.batch)
     )
     if pipeline.stopping:
-        # Only what a dead attempt reserved is still to be settled.
-        rows: Sequence[Batch] = (
-            session.execute(open_ones.where(Batch.reserved_microusd > 0)).scalars().all()
-        )
+        # Only what a dead attempt reserved is still to be settled, and what a provider works on.
+        left = or_(Batch.reserved_microusd > 0, Batch.provider_batch.is_not(None))
+        rows: Sequence[Batch] = session.execute(open_ones.where(left)).scalars().all()
     else:
         if not train_may_start(session, pipeline, times, clock):
             open_ones = open_ones.where(Batch.batch < pipeline.heldout_batches)
-        rows = session.execute(open_ones.limit(window)).scalars().all()
+        # What a provider works on keeps no worker, and so takes no place in the window; looking at
+        # it asks the teacher nothing.
+        at_provider = open_ones.where(
+            Batch.provider_batch.is_not(None), Batch.next_attempt_at <= clock
+        )
+        if closed:
+            open_ones = open_ones.where(or_(Batch.endpoint.not_in(closed), Batch.close_by <= clock))
+        here = open_ones.where(Batch.provider_batch.is_(None))
+        found = [
+            row
+            for query in (at_provider, here)
+            for row in session.execute(query.limit(window)).scalars()
+        ]
+        rows = sorted(found, key=lambda row: row.batch)
     return [
-        Due(row.tenant_id, row.pipeline_id, row.batch, row.epoch)
+        Due(
+            row.tenant_id,
+            row.pipeline_id,
+            row.batch,
+            row.epoch,
+            row.endpoint,
+            asks=not (pipeline.stopping or row.provider_batch is not None or _overdue(row, clock)),
+        )
         for row in rows
         if row.state == "waiting"
         and row.lease_until <= clock
         and (
             row.next_attempt_at <= clock
-            or bool(pipeline.stopping)
-            or (row.close_by is not None and row.close_by <= clock)
+            or (row.provider_batch is None and bool(pipeline.stopping))
+            or (row.provider_batch is None and _overdue(row, clock))
         )
     ]
+
+
+def _overdue(row: Batch, clock: float) -> bool:
+    return row.close_by is not None and row.close_by <= clock
 
 
 def train_may_start(

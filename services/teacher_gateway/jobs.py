@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.teacher_gateway import accept, collect, probe, record, stop
+from services.teacher_gateway import accept, closing, collect, probe, record, stop
 from services.teacher_gateway.context import Context
 from stillhouse.chassis.jobs import Job, JobFunction
 
@@ -25,7 +25,7 @@ def collect_batch(job: Job, context: Context) -> None:
 def settle_pipeline(job: Job, context: Context) -> None:
     """Finish what a crash left between two transactions: the last event, or the stop."""
     stop.finish_stopping(context.engine, context.store, job.pipeline_id)
-    collect.complete_responses(context, job.pipeline_id)
+    closing.complete_responses(context, job.pipeline_id)
 
 
 def record_event(job: Job, context: Context) -> None:

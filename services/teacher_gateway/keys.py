@@ -3,7 +3,8 @@
     sth_<12 hex digits: the prefix>_<64 hex digits: the secret, 256 bits>
 
 A leaked database tells no key (HMAC-SHA256 with a pepper that lies elsewhere), and revoking one
-holds from the next request on, since every request looks it up.
+holds from the next request on, since every request looks it up; for live traffic, within seconds
+(`capture.callers`).
 """
 
 from __future__ import annotations
@@ -103,6 +104,18 @@ def authenticate(engine: Engine, pepper: SecretStr, authorization: str | None) -
     if key.expires_at is not None and key.expires_at <= at:
         raise KeyRefused
     return Caller(tenant_id=key.tenant_id, prefix=prefix)
+
+
+def still_valid(engine: Engine, caller: Caller) -> Caller:
+    """Look again for the key of a caller whose secret was verified. Raises KeyRefused."""
+    with reading(engine) as session:
+        key = session.get(ApiKey, caller.prefix)
+        at = now(session)
+    if key is None or key.revoked_at is not None or key.tenant_id != caller.tenant_id:
+        raise KeyRefused
+    if key.expires_at is not None and key.expires_at <= at:
+        raise KeyRefused
+    return caller
 
 
 def _hash(pepper: SecretStr, prefix: str, secret: str) -> str:

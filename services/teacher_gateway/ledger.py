@@ -1,7 +1,8 @@
 """Money, in integer micro-dollars: reserved before a call, settled after it, never overspent.
 
 `spent + reserved <= budget` holds at every instant, because each change is one UPDATE that
-carries the condition. A charge is unique by what it pays for, so nothing is paid for twice.
+carries the condition. A charge is unique by what it pays for, so nothing is paid for twice. Money
+lies in purses: a pipeline has one, and a tenant's account is one (`accounts`).
 Settled charges (`answers`, `probe`) are the teacher's invoice for stored answers; `unused` and
 `unknown` list what was, or may have been, billed for answers that nobody has.
 """
@@ -12,16 +13,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, overload
 
-from sqlalchemy import CursorResult, Executable, select, update
+from sqlalchemy import ColumnElement, CursorResult, Executable, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now
-from services.teacher_gateway.models import Charge, Pipeline
+from services.teacher_gateway.models import Account, AccountCharge, Charge, Pipeline
 from stillhouse.contracts.spec import Price
 
 Kind = Literal["answers", "probe", "unused", "unknown"]
+
+
+@dataclass(frozen=True)
+class AccountId:
+    """A tenant's account by its name."""
+
+    tenant_id: str
+    name: str
+
+
+# A pipeline by its id, or an account.
+Purse = str | AccountId
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Line:
     attempt: int | None = None
     answers: int = 0
     detail: str = ""
+    cached: int = 0
 
 
 def cost_microusd(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
@@ -50,27 +64,34 @@ def changed(session: Session, statement: Executable) -> int:
     return cast("CursorResult[Any]", result).rowcount
 
 
-def lock(session: Session, pipeline_id: str) -> Pipeline | None:
-    """Read a pipeline's row and hold it to the end of the transaction.
+@overload
+def lock(session: Session, purse: str) -> Pipeline | None: ...
+@overload
+def lock(session: Session, purse: AccountId) -> Account | None: ...
+@overload
+def lock(session: Session, purse: Purse) -> Pipeline | Account | None: ...
+def lock(session: Session, purse: Purse) -> Pipeline | Account | None:
+    """Read a purse's row and hold it to the end of the transaction.
 
     Whoever changes several rows of a pipeline takes this lock first, so none waits in a circle.
     """
-    return session.execute(
-        select(Pipeline)
-        .where(Pipeline.pipeline_id == pipeline_id)
+    found: Any = session.execute(
+        select(_table(purse))
+        .where(*_is(purse))
         .with_for_update()
         .execution_options(populate_existing=True)
     ).scalar_one_or_none()
+    return cast("Pipeline | Account | None", found)
 
 
-def reserve(session: Session, pipeline_id: str, microusd: int) -> bool:
+def reserve(session: Session, purse: Purse, microusd: int) -> bool:
     """Set money aside for calls; False when the budget does not allow it."""
-    return _move(session, pipeline_id, spend=0, reserve=microusd)
+    return _move(session, purse, spend=0, reserve=microusd)
 
 
 def settle(
     session: Session,
-    pipeline_id: str,
+    purse: Purse,
     lines: Sequence[Line],
     *,
     release: int,
@@ -81,68 +102,59 @@ def settle(
     It never fails while the charges cost no more than what is released and nothing is reserved
     anew. A line that is booked already is left out.
     """
-    locked = lock(session, pipeline_id)
+    locked = lock(session, purse)
     if locked is None:
-        raise LookupError(f"no pipeline {pipeline_id}")
-    fresh = [line for line in lines if session.get(Charge, (pipeline_id, line.charge_id)) is None]
+        raise LookupError(f"no purse {purse}")
+    fresh = [line for line in lines if charge_of(session, purse, line.charge_id) is None]
     spend = sum(line.microusd for line in fresh)
-    if not _move(session, pipeline_id, spend=spend, reserve=reserve - release):
+    if not _move(session, purse, spend=spend, reserve=reserve - release):
         return False
     booked_at = now(session)
-    session.add_all(
-        Charge(
-            pipeline_id=pipeline_id,
-            charge_id=line.charge_id,
-            tenant_id=locked.tenant_id,
-            kind=line.kind,
-            batch=line.batch,
-            attempt=line.attempt,
-            answers=line.answers,
-            microusd=line.microusd,
-            detail=line.detail[:500],
-            booked_at=booked_at,
-        )
-        for line in fresh
-    )
+    session.add_all(_charge(purse, locked.tenant_id, line, booked_at) for line in fresh)
     session.flush()
     return True
 
 
 def correct(
-    session: Session, pipeline_id: str, charge_id: str, kind: Kind, microusd: int, detail: str
+    session: Session, purse: Purse, charge_id: str, kind: Kind, microusd: int, detail: str
 ) -> None:
     """Replace a pessimistic charge by what is known now, which never costs more."""
-    charge = session.get(Charge, (pipeline_id, charge_id))
+    charge = charge_of(session, purse, charge_id)
     if charge is None or charge.microusd < microusd:
         raise AssertionError(f"charge {charge_id} cannot become {microusd} micro-USD: {charge}")
-    moved = _move(session, pipeline_id, spend=microusd - charge.microusd, reserve=0)
+    moved = _move(session, purse, spend=microusd - charge.microusd, reserve=0)
     assert moved, "less money always fits"
     charge.kind, charge.microusd, charge.detail = kind, microusd, detail[:500]
     session.flush()
 
 
-def open_reservations(session: Session, pipeline_id: str) -> int:
+def charge_of(session: Session, purse: Purse, charge_id: str) -> Charge | AccountCharge | None:
+    """The charge of this name, where it is booked."""
+    if isinstance(purse, AccountId):
+        return session.get(AccountCharge, (purse.tenant_id, purse.name, charge_id))
+    return session.get(Charge, (purse, charge_id))
+
+
+def open_reservations(session: Session, purse: Purse) -> int:
     """Micro-dollars that are set aside now."""
-    column = select(Pipeline.reserved_microusd).where(Pipeline.pipeline_id == pipeline_id)
+    column = select(_table(purse).reserved_microusd).where(*_is(purse))
     return int(session.execute(column).scalar_one())
 
 
-def available(session: Session, pipeline_id: str) -> int:
+def available(session: Session, purse: Purse) -> int:
     """Micro-dollars that could be reserved now."""
-    left = Pipeline.budget_microusd - Pipeline.spent_microusd - Pipeline.reserved_microusd
-    return int(
-        session.execute(select(left).where(Pipeline.pipeline_id == pipeline_id)).scalar_one()
-    )
+    row = _table(purse)
+    left = row.budget_microusd - row.spent_microusd - row.reserved_microusd
+    return int(session.execute(select(left).where(*_is(purse))).scalar_one())
 
 
-def _move(session: Session, pipeline_id: str, *, spend: int, reserve: int) -> bool:
-    after_spent = Pipeline.spent_microusd + spend
-    after_reserved = Pipeline.reserved_microusd + reserve
+def _move(session: Session, purse: Purse, *, spend: int, reserve: int) -> bool:
+    row = _table(purse)
+    after_spent = row.spent_microusd + spend
+    after_reserved = row.reserved_microusd + reserve
     # What only gives money back must pass, even where a budget was lowered below what is spent.
-    fits = after_spent + after_reserved <= Pipeline.budget_microusd
-    statement = update(Pipeline).where(
-        Pipeline.pipeline_id == pipeline_id, after_reserved >= 0, after_spent >= 0
-    )
+    fits = after_spent + after_reserved <= row.budget_microusd
+    statement = update(row).where(*_is(purse), after_reserved >= 0, after_spent >= 0)
     if spend + reserve > 0:
         statement = statement.where(fits)
     moved = changed(
@@ -150,10 +162,42 @@ def _move(session: Session, pipeline_id: str, *, spend: int, reserve: int) -> bo
     )
     if not moved and spend + reserve <= 0:
         raise AssertionError(
-            f"the ledger of {pipeline_id} does not hold what is given back: "
+            f"the ledger of {purse} does not hold what is given back: "
             f"spend {spend}, reserve {reserve}"
         )
-    held = session.identity_map.get((Pipeline, (pipeline_id,), None))
+    key = (purse.tenant_id, purse.name) if isinstance(purse, AccountId) else (purse,)
+    held = session.identity_map.get((row, key, None))
     if held is not None:
         session.expire(held, ["spent_microusd", "reserved_microusd"])
     return moved == 1
+
+
+def _table(purse: Purse) -> type[Pipeline] | type[Account]:
+    return Account if isinstance(purse, AccountId) else Pipeline
+
+
+def _is(purse: Purse) -> tuple[ColumnElement[bool], ...]:
+    if isinstance(purse, AccountId):
+        return Account.tenant_id == purse.tenant_id, Account.name == purse.name
+    return (Pipeline.pipeline_id == purse,)
+
+
+def _charge(purse: Purse, tenant_id: str, line: Line, at: float) -> Charge | AccountCharge:
+    common: dict[str, Any] = {
+        "charge_id": line.charge_id,
+        "tenant_id": tenant_id,
+        "kind": line.kind,
+        "answers": line.answers,
+        "microusd": line.microusd,
+        "detail": line.detail[:500],
+        "booked_at": at,
+    }
+    if isinstance(purse, AccountId):
+        return AccountCharge(account=purse.name, **common)
+    return Charge(
+        pipeline_id=purse,
+        batch=line.batch,
+        attempt=line.attempt,
+        cached=line.cached,
+        **common,
+    )

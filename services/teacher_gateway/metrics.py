@@ -1,14 +1,15 @@
 """Metrics of the gateway: requests as they come, and gauges rendered from stored state.
 
 What a restart must not forget (pipelines by state, money, pending items, unfinished trainings) is
-asked of the database at each scrape. The label `pipeline` is capped, and no label carries what a
-user wrote.
+asked of the database at each scrape. The labels `pipeline` and `teacher` (some digits of an
+endpoint's digest) are capped, and no label carries what a user wrote.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter as Counts
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,19 @@ from sqlalchemy import Engine, func, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.teacher_gateway.database import Session, now, reading
-from services.teacher_gateway.models import Batch, Item, Outbox, Pipeline, Redrive
+from services.teacher_gateway.endpoints import SHOWN_DIGITS
+from services.teacher_gateway.models import (
+    Batch,
+    Item,
+    Outbox,
+    Pipeline,
+    ProviderBatch,
+    Redrive,
+    TeacherEndpoint,
+    TeacherShare,
+)
 from services.teacher_gateway.settings import TeacherGatewaySettings
+from services.teacher_gateway.strain import calls_at_once
 from stillhouse.chassis import bus
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.chassis.logs import logger
@@ -43,6 +55,8 @@ REQUEST_SECONDS = Histogram(
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 # Active pipelines that get series of their own, the oldest first.
 PIPELINES_SHOWN = 50
+# Endpoints that running pipelines have still to ask and that get series of their own.
+TEACHERS_SHOWN = 50
 _DEPTH_SECONDS = 10.0
 
 
@@ -91,7 +105,12 @@ class StateCollector:
         readable = 1
         try:
             with reading(self._engine) as session:
-                found = [*_pipelines(session), *_money(session), *_work(session)]
+                found = [
+                    *_pipelines(session),
+                    *_money(session),
+                    *_work(session),
+                    *_teachers(session),
+                ]
         except RetryableError as error:
             log.warning("state not readable for a scrape", why=str(error))
             readable, found = 0, []
@@ -224,6 +243,20 @@ def _work(session: Session) -> Iterator[Metric]:
     for state in ("waiting", "due", "closed"):
         batches.add_metric([state], counts.get(state, 0))
     yield batches
+    provider = _labelled(
+        "provider_batches", "Batches at a provider's batch API by how far they are", "state"
+    )
+    counts = dict(
+        _pairs(
+            session,
+            select(ProviderBatch.state, func.count())
+            .where(ProviderBatch.state != "ended")
+            .group_by(ProviderBatch.state),
+        )
+    )
+    for state in ("uploading", "creating", "waiting"):
+        provider.add_metric([state], counts.get(state, 0))
+    yield provider
     oldest = session.execute(
         select(func.min(Pipeline.created_at)).where(
             Pipeline.state == "running",
@@ -248,6 +281,44 @@ def _work(session: Session) -> Iterator[Metric]:
         select(func.coalesce(func.sum(Redrive.sent), 0)).where(Redrive.pipeline_id.in_(running))
     ).scalar_one()
     yield _gauge("redriven_events", "Inputs sent again for running pipelines", int(sent))
+
+
+def _teachers(session: Session) -> Iterator[Metric]:
+    running = select(Pipeline.pipeline_id).where(Pipeline.state == "running")
+    wanted = select(Batch.endpoint).where(Batch.pipeline_id.in_(running), Batch.state != "closed")
+    rows = list(
+        session.scalars(
+            select(TeacherEndpoint)
+            .where(TeacherEndpoint.endpoint.in_(wanted))
+            .order_by(TeacherEndpoint.endpoint)
+            .limit(TEACHERS_SHOWN)
+        )
+    )
+    clock = now(session)
+    most, calls = Counts[str](), Counts[str]()
+    for share in session.scalars(
+        select(TeacherShare).where(
+            TeacherShare.endpoint.in_([row.endpoint for row in rows]), TeacherShare.until > clock
+        )
+    ):
+        most[share.endpoint] = min(most[share.endpoint] or share.most, share.most)
+        calls[share.endpoint] += share.running
+    limits = _labelled("teacher_calls_limit", "Calls at once that a teacher gets now", "teacher")
+    running_calls = _labelled("teacher_calls", "Calls of a teacher that run now", "teacher")
+    pauses = _labelled(
+        "teacher_pause_seconds", "How long a teacher that asked for a pause still has it", "teacher"
+    )
+    circuits = _labelled(
+        "teacher_away_bool", "Whether a teacher was away when it was asked last", "teacher"
+    )
+    for row in rows:
+        name = row.endpoint[:SHOWN_DIGITS]
+        if row.endpoint in most:
+            limits.add_metric([name], calls_at_once(row, most[row.endpoint]))
+        running_calls.add_metric([name], calls[row.endpoint])
+        pauses.add_metric([name], max(0.0, row.cool_until - clock))
+        circuits.add_metric([name], row.away > 0)
+    yield from (limits, running_calls, pauses, circuits)
 
 
 def _pairs(session: Session, query: Any) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     String,
@@ -114,6 +115,9 @@ class Batch(Base):
     batch: Mapped[int] = mapped_column(Integer, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(String(63))
     split: Mapped[str] = mapped_column(String(16))
+    teacher: Mapped[str] = mapped_column(String(63))
+    # Whose limits hold for it (`endpoints.endpoint_of`); empty where nobody is called.
+    endpoint: Mapped[str] = mapped_column(String(64), default="")
     items: Mapped[int] = mapped_column(Integer)
     prompts: Mapped[str] = mapped_column(Text)  # ObjectRef of prompts/batch-N.parquet
     state: Mapped[str] = mapped_column(String(16), default="waiting")
@@ -134,8 +138,97 @@ class Batch(Base):
     answers: Mapped[int] = mapped_column(Integer, default=0)
     rejected: Mapped[int] = mapped_column(Integer, default=0)
     closed_at: Mapped[float | None] = mapped_column(Float)
+    # The number of the provider batch that works on it; it is looked at `next_attempt_at` alone.
+    provider_batch: Mapped[int | None] = mapped_column(Integer)
 
     __table_args__ = (Index("batches_due", "state", "next_attempt_at"),)
+
+
+class TeacherEndpoint(Base):
+    """What all who ask one teacher share, over tenants and replicas: its limits and its circuit.
+
+    `clock` is the database's at the last write: one that went back takes all times along.
+    """
+
+    __tablename__ = "teacher_endpoints"
+
+    endpoint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    clock: Mapped[float] = mapped_column(Float, default=0.0)
+    # From when on the limits of requests and tokens allow the next call; tokens that were taken
+    # and not used, which pay for later calls.
+    requests_at: Mapped[float] = mapped_column(Float, default=0.0)
+    tokens_at: Mapped[float] = mapped_column(Float, default=0.0)
+    tokens_unused: Mapped[int] = mapped_column(_BIG, default=0)
+    # Calls at once; none: it was not strained, and what the spec says holds.
+    concurrency: Mapped[float | None] = mapped_column(Float)
+    lowered_at: Mapped[float] = mapped_column(Float, default=0.0)
+    raised_at: Mapped[float] = mapped_column(Float, default=0.0)
+    pace: Mapped[float | None] = mapped_column(Float)  # usual seconds a token
+    # Until when it asked to be left alone (Retry-After).
+    cool_until: Mapped[float] = mapped_column(Float, default=0.0)
+    # The circuit: how often in a row the teacher was found away, and until when nobody asks.
+    away: Mapped[int] = mapped_column(Integer, default=0)
+    open_until: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class TeacherShare(Base):
+    """The part of an endpoint's calls that one attempt may make, while its lease lasts. `holder`
+    is the pipeline and the batch, so the next attempt takes over the share of one that died."""
+
+    __tablename__ = "teacher_shares"
+
+    endpoint: Mapped[str] = mapped_column(
+        ForeignKey("teacher_endpoints.endpoint"), primary_key=True
+    )
+    holder: Mapped[str] = mapped_column(String(80), primary_key=True)
+    epoch: Mapped[int] = mapped_column(Integer)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    pipeline_id: Mapped[str] = mapped_column(String(63))
+    calls: Mapped[int] = mapped_column(Integer)  # at once, at most
+    wanted: Mapped[int] = mapped_column(Integer)
+    running: Mapped[int] = mapped_column(Integer)  # at once, at most since the last report
+    # What its spec says.
+    most: Mapped[int] = mapped_column(Integer)
+    requests_per_minute: Mapped[int | None] = mapped_column(_BIG)
+    tokens_per_minute: Mapped[int | None] = mapped_column(_BIG)
+    until: Mapped[float] = mapped_column(Float)
+
+
+class ProviderBatch(Base):
+    """Items that a provider answers by its batch API. `state`: uploading (nothing was asked yet),
+    creating (the provider may have it), waiting (it has), ended. Its metadata there are the ids of
+    this row, so that one whose id was lost is found again."""
+
+    __tablename__ = "provider_batches"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id"), primary_key=True)
+    batch: Mapped[int] = mapped_column(Integer, primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    state: Mapped[str] = mapped_column(String(16))
+    items: Mapped[str] = mapped_column(Text)  # JSON list of the items that it is asked for
+    file_id: Mapped[str] = mapped_column(String(500), default="")
+    provider_id: Mapped[str] = mapped_column(String(500), default="")
+    status: Mapped[str] = mapped_column(String(32), default="")  # the provider's own word
+    # What was learnt of the parameters that the provider does not know, as JSON.
+    form: Mapped[str] = mapped_column(Text, default="")
+    created_at: Mapped[float] = mapped_column(Float)
+    # Since when it is to end before it is done: by a stop, or its batch's deadline.
+    unwanted_since: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (Index("provider_batches_by_state", "state"),)
+
+
+class CachedAnswer(Base):
+    """Where the answer to a question lies that a tenant paid for: a part, and the item in it. `key`
+    is the digest of all that decides the answer but its seed."""
+
+    __tablename__ = "cached_answers"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    part: Mapped[str] = mapped_column(Text)  # ObjectRef
+    item_id: Mapped[str] = mapped_column(String(80))
 
 
 class Item(Base):
@@ -176,9 +269,103 @@ class Charge(Base):
     batch: Mapped[int | None] = mapped_column(Integer)
     attempt: Mapped[int | None] = mapped_column(Integer)
     answers: Mapped[int] = mapped_column(Integer, default=0)
+    cached: Mapped[int] = mapped_column(Integer, default=0)  # of these: paid for before, and free
     microusd: Mapped[int] = mapped_column(_BIG)
     detail: Mapped[str] = mapped_column(Text, default="")
     booked_at: Mapped[float] = mapped_column(Float)
+
+
+class Account(Base):
+    """A tenant's money that no pipeline pays: checks of a day, captured traffic. The same rule as
+    a pipeline's: spent + reserved <= budget at every instant."""
+
+    __tablename__ = "accounts"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    budget_microusd: Mapped[int] = mapped_column(_BIG)
+    spent_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    reserved_microusd: Mapped[int] = mapped_column(_BIG, default=0)
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class AccountCharge(Base):
+    """The lines of an account, as a pipeline's charges are."""
+
+    __tablename__ = "account_charges"
+
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    account: Mapped[str] = mapped_column(String(63), primary_key=True)
+    charge_id: Mapped[str] = mapped_column(String(80), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    answers: Mapped[int] = mapped_column(Integer, default=0)
+    microusd: Mapped[int] = mapped_column(_BIG)
+    detail: Mapped[str] = mapped_column(Text, default="")
+    booked_at: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "account"], ["accounts.tenant_id", "accounts.name"]),
+        Index("account_charges_by_age", "tenant_id", "account", "booked_at", "charge_id"),
+    )
+
+
+class RegisteredTeacher(Base):
+    """A teacher for live traffic, by the name that callers give as `model`."""
+
+    __tablename__ = "teachers"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    registration: Mapped[str] = mapped_column(Text)  # as posted, as canonical JSON
+    created_at: Mapped[float] = mapped_column(Float)
+    updated_at: Mapped[float] = mapped_column(Float)
+
+
+class Tranche(Base):
+    """Money that one process of the API took from a teacher's account, to serve live traffic
+    without a transaction a call. `state`: open (`microusd` are reserved in the account), expired
+    (its process died: `microusd` of it are still listed as an `unknown` charge)."""
+
+    __tablename__ = "tranches"
+
+    tranche_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(String(63))
+    account: Mapped[str] = mapped_column(String(63))
+    state: Mapped[str] = mapped_column(String(16), default="open")
+    microusd: Mapped[int] = mapped_column(_BIG)
+    expires_at: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "account"], ["accounts.tenant_id", "accounts.name"]),
+        Index("tranches_due", "state", "expires_at"),
+    )
+
+
+class CapturedBatch(Base):
+    """Recorded exchanges with one teacher in one object of the store; never changed."""
+
+    __tablename__ = "captured"
+
+    batch_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"))
+    teacher: Mapped[str] = mapped_column(String(63))
+    verdict_id: Mapped[str] = mapped_column(String(63))
+    terms: Mapped[str] = mapped_column(String(200))
+    first_at: Mapped[float] = mapped_column(Float)  # when exchanges began, by their process
+    last_at: Mapped[float] = mapped_column(Float)
+    records: Mapped[int] = mapped_column(Integer)  # with a whole answer
+    failures: Mapped[int] = mapped_column(Integer)
+    microusd: Mapped[int] = mapped_column(_BIG)
+    tags: Mapped[str] = mapped_column(Text)  # {name: {value: records}}; "" when they are too many
+    reasons: Mapped[str] = mapped_column(Text)  # {reason: failures}
+    last_failures: Mapped[str] = mapped_column(Text)  # the newest few, without any text of theirs
+    ref: Mapped[str] = mapped_column(Text)  # ObjectRef
+    stored_at: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (
+        Index("captured_by_time", "tenant_id", "first_at", "batch_id"),
+        Index("captured_by_age", "tenant_id", "stored_at"),
+    )
 
 
 class Outbox(Base):

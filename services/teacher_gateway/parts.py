@@ -8,7 +8,7 @@ writer then meets it and stops, and what was read is all there will ever be.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from stillhouse.chassis.errors import DigestMismatch
@@ -22,12 +22,23 @@ PART_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part as it lies in the store."""
+
+    ref: ObjectRef
+    answers: tuple[Answer, ...]
+
+
+def answers_in(parts: Iterable[Part]) -> list[Answer]:
+    return [answer for part in parts for answer in part.answers]
+
+
+@dataclass(frozen=True)
 class Series:
     """What one attempt stored."""
 
     attempt: int
-    parts: tuple[ObjectRef, ...]
-    answers: tuple[Answer, ...]
+    parts: tuple[Part, ...]
 
 
 def encode_part(answers: list[Answer]) -> bytes:
@@ -55,8 +66,7 @@ def close_series(
 
 
 def _read(store: ObjectStore, key_of: Callable[[int], str], attempt: int) -> Series:
-    refs: list[ObjectRef] = []
-    answers: list[Answer] = []
+    parts: list[Part] = []
     number = 1
     while True:
         key = key_of(number)
@@ -69,7 +79,7 @@ def _read(store: ObjectStore, key_of: Callable[[int], str], attempt: int) -> Ser
             break
         if stored.data == END_OF_SERIES:
             break
-        refs.append(ObjectRef(key=key, size=len(stored.data), sha256=sha256_hex(stored.data)))
-        answers.extend(decode_part(stored.data, key))
+        ref = ObjectRef(key=key, size=len(stored.data), sha256=sha256_hex(stored.data))
+        parts.append(Part(ref, tuple(decode_part(stored.data, key))))
         number += 1
-    return Series(attempt, tuple(refs), tuple(answers))
+    return Series(attempt, tuple(parts))

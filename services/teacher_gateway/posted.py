@@ -27,8 +27,8 @@ class Unreadable(ValueError):
     """The body is not the JSON or YAML that it says it is."""
 
 
-def read_spec(body: bytes, content_type: str | None) -> Spec:
-    """Parse and check a posted spec. Raises ProblemError (415 or 422)."""
+def read_document(body: bytes, content_type: str | None) -> Any:
+    """Parse what was posted as JSON or YAML. Raises ProblemError (415 or 422)."""
     media = (content_type or "").partition(";")[0].strip().lower()
     if media not in JSON_TYPES + YAML_TYPES:
         raise ProblemError(
@@ -38,9 +38,14 @@ def read_spec(body: bytes, content_type: str | None) -> Spec:
         )
     kind = "JSON" if media in JSON_TYPES else "YAML"
     try:
-        data = _read_json(body) if kind == "JSON" else _read_yaml(body)
+        return _read_json(body) if kind == "JSON" else _read_yaml(body)
     except Unreadable as error:
         raise ProblemError(422, "malformed", f"the body is not {kind}: {error}") from error
+
+
+def read_spec(body: bytes, content_type: str | None) -> Spec:
+    """Parse and check a posted spec. Raises ProblemError (415 or 422)."""
+    data = read_document(body, content_type)
     if not isinstance(data, dict):
         raise ProblemError(
             422,
@@ -156,15 +161,16 @@ def _read_yaml(body: bytes) -> Any:
 # Errors in a user's words
 
 
-def spec_errors(error: ValidationError) -> list[FieldError]:
-    """Say of each error where it is, what was expected and what was found."""
+def spec_errors(error: ValidationError, model: type[BaseModel] = Spec) -> list[FieldError]:
+    """Say of each error where it is, what was expected and what was found. `model` is what was
+    posted."""
     found: list[FieldError] = []
     for entry in error.errors(include_url=False):
         location = entry["loc"]
         if entry["type"] == "missing":
             message = "is missing"
         elif entry["type"] == "extra_forbidden":
-            message = f"is not a field here{_suggestion(location)}"
+            message = f"is not a field here{_suggestion(location, model)}"
         elif entry["type"] == "literal_error":
             message = f"must be {entry['ctx']['expected']}, found {_shown(entry['input'])}"
         elif entry["type"] == "string_pattern_mismatch" and (
@@ -214,9 +220,9 @@ def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"{value!r:.80}"
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
+def _suggestion(location: tuple[int | str, ...], posted: type[BaseModel]) -> str:
     """Name the known field that a misspelt one is most like."""
-    model: Any = Spec
+    model: Any = posted
     for part in location[:-1]:
         if isinstance(part, int):
             continue

@@ -1,20 +1,20 @@
-"""One question before all others: can this teacher be asked as the spec asks?
+"""One question to each teacher before all others: can it be asked as the spec asks?
 
-The probe is a paid call like any other, so it is in the ledger: booked at its worst case before
-it is made and corrected by what the teacher says, hence a crash leaves it listed. It finds out
-what would spoil every row: no log-probabilities or too few, another tokenizer or template, an
-endpoint that cannot be reached. Then the pipeline fails with what to change.
+The probe is paid like any other call, so it is in the ledger: booked at its worst case before it
+is made and corrected by what the teacher says, hence a crash leaves it listed. It finds out what
+would spoil every row: no log-probabilities or too few, another tokenizer or template, an endpoint
+that cannot be reached. Then the pipeline fails with what to change. Answers that are given along
+need no question.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-import msgspec
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -23,55 +23,41 @@ from services.teacher_gateway.batch_input import read_spec, read_tokenizer
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import CALLS
 from services.teacher_gateway.database import now, transaction
-from services.teacher_gateway.ledger import Line, changed, correct, cost_microusd, lock, settle
+from services.teacher_gateway.endpoints import count_call
+from services.teacher_gateway.fitness import Unfit, did_not_answer, judge
+from services.teacher_gateway.ledger import changed, lock
 from services.teacher_gateway.models import Pipeline
+from services.teacher_gateway.paid_calls import (
+    PROBE_MESSAGES,
+    Question,
+    book,
+    book_worst,
+    probe_question,
+)
 from services.teacher_gateway.stop import TERMINAL, fail_pipeline, finish_stopping
-from services.teacher_gateway.teachers.openai import open_teacher
-from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
+from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Reject, Retry
+from services.teacher_gateway.teachers.routes import open_teacher
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, StoreUnavailable
 from stillhouse.chassis.logs import logger
-from stillhouse.contracts.chat import ChatTokenizer, Message
-from stillhouse.contracts.spec import ResolvedSpec, Spec
+from stillhouse.contracts.chat import ChatTokenizer
+from stillhouse.contracts.spec import ResolvedSpec
 
 log = logger(__name__)
 
-PROBE_MESSAGES = [Message(role="user", content="Name one colour.")]
-PROBE_TOKENS = 8
-TEXT_INSTEAD = "use `signal.kind: text` with `training.loss: sft`"
-# Sums of probabilities are those of rounded numbers.
-MOST_MASS = 1.001
-
 
 @dataclass(frozen=True)
-class Unfit:
-    """Why this teacher cannot be asked as the spec asks, and what to change."""
+class Heard:
+    """What one teacher said to its question."""
 
-    reason: str
-    detail: str
-
-
-class _Outcome(msgspec.Struct):
-    logprob: float
-    id: int | None = None
-    bytes: list[int] | None = None
-    top_logprobs: list[_Outcome] = []
-
-
-class _Logprobs(msgspec.Struct):
-    content: list[_Outcome]
-
-
-class _Choice(msgspec.Struct):
-    logprobs: _Logprobs
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
+    number: int
+    question: Question
+    outcome: Outcome
+    unfit: Unfit | None
 
 
 def probe_teacher(context: Context, pipeline_id: str) -> None:
-    """Ask once; open the collection, try again later, or fail the pipeline."""
+    """Ask each teacher once; open the collection, try again later, or fail the pipeline."""
     with transaction(context.engine) as session:
         claimed = _claim(session, context, pipeline_id)
     if claimed is None:
@@ -82,38 +68,71 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         resolved = read_spec(context.store, tenant, pipeline_id)
         chat = read_tokenizer(context.store, resolved.tokenizer)
     except StoreUnavailable:
-        _put_off(context, pipeline_id)
+        _put_off(context, pipeline_id, context.times.batch_backoff)
         raise
-    charge_id = f"probe:{attempt}"
-    price = resolved.teacher.usd_per_million
     expected = len(chat.encode_prompt(PROBE_MESSAGES))
-    worst = cost_microusd(price, expected, PROBE_TOKENS)
+    questions = _questions(resolved, attempt, chat)
+    # They are few, and do not wait for their turn among the items; but a pause holds for them too.
+    pauses = [
+        count_call(context.engine, question.teacher, tenant, question.tokens)
+        for question in questions.values()
+    ]
+    if max(pauses, default=0.0) > 0:
+        _put_off(context, pipeline_id, max(pauses))
+        return
     with transaction(context.engine) as session:
-        line = Line(charge_id, "unknown", worst, detail="a probe whose answer is not known")
-        if not settle(session, pipeline_id, [line], release=0):
-            pipeline = lock(session, pipeline_id)
-            assert pipeline is not None, "pipelines are never deleted"
-            detail = (
-                f"`budget.teacher_usd` does not pay for one short answer ({worst} micro-USD at "
-                "the worst): raise it"
-            )
-            fail_pipeline(session, pipeline, "collect", reasons.BUDGET_EXHAUSTED, detail)
-            failed = True
-        else:
-            failed = False
+        failed = not _book(session, context, pipeline_id, questions)
     if not failed:
         crash_point("probe_booked")
-        try:
-            outcome = asyncio.run(_ask(context, resolved))
-        except PermanentError as error:
-            outcome = Reject(error.reason, str(error))
-        CALLS.labels("answered" if isinstance(outcome, Answered) else "probe_failed").inc()
-        unfit = judge(outcome, resolved.spec, chat, expected)
+        heard = asyncio.run(_ask_all(context, resolved, questions, chat, expected))
         with transaction(context.engine) as session:
-            book(session, pipeline_id, charge_id, outcome, resolved, worst)
-            failed = _decide(session, context, pipeline_id, attempt, outcome, unfit)
+            for one in heard:
+                question = one.question
+                book(
+                    session,
+                    pipeline_id,
+                    question.charge_id,
+                    one.outcome,
+                    question.teacher,
+                    question.worst_microusd,
+                )
+            failed = _decide(session, context, pipeline_id, attempt, heard)
     if failed:
         finish_stopping(context.engine, context.store, pipeline_id)
+
+
+def _questions(resolved: ResolvedSpec, attempt: int, chat: ChatTokenizer) -> dict[int, Question]:
+    """A question to each teacher that can be asked, by its place in the spec."""
+    return {
+        number: probe_question(
+            f"probe:{attempt}:{teacher.name}",
+            teacher,
+            Call(PROBE_MESSAGES, resolved.pipeline_id),
+            chat,
+        )
+        for number, teacher in enumerate(resolved.spec.teachers)
+        if teacher.answers is None
+    }
+
+
+def _book(
+    session: Session, context: Context, pipeline_id: str, questions: dict[int, Question]
+) -> bool:
+    """Book the questions; False, and the pipeline failed, where the budget does not pay."""
+    pipeline = lock(session, pipeline_id)
+    assert pipeline is not None, "pipelines are never deleted"
+    if not book_worst(session, pipeline_id, questions.values()):
+        worst = sum(question.worst_microusd for question in questions.values())
+        detail = (
+            "`budget.teacher_usd` does not pay for one short answer of each teacher "
+            f"({worst} micro-USD at the worst): raise it"
+        )
+        fail_pipeline(session, pipeline, "collect", reasons.BUDGET_EXHAUSTED, detail)
+        return False
+    if any(question.teacher.weights for question in questions.values()):
+        # Weights are loaded first, for as long as a job may take.
+        pipeline.next_attempt_at = now(session) + context.times.job
+    return True
 
 
 def _claim(session: Session, context: Context, pipeline_id: str) -> tuple[str, int] | None:
@@ -143,8 +162,8 @@ def _claim(session: Session, context: Context, pipeline_id: str) -> tuple[str, i
     return pipeline.tenant_id, pipeline.attempts
 
 
-def _put_off(context: Context, pipeline_id: str) -> None:
-    """Take an attempt back that asked nothing, since the store was down."""
+def _put_off(context: Context, pipeline_id: str, seconds: float) -> None:
+    """Take an attempt back that asked nothing: the store was down, or a teacher has a pause."""
     with transaction(context.engine) as session:
         changed(
             session,
@@ -152,7 +171,7 @@ def _put_off(context: Context, pipeline_id: str) -> None:
             .where(Pipeline.pipeline_id == pipeline_id, Pipeline.collect == "waiting")
             .values(
                 attempts=Pipeline.attempts - 1,
-                next_attempt_at=now(session) + context.times.batch_backoff,
+                next_attempt_at=now(session) + seconds,
             ),
         )
 
@@ -161,138 +180,76 @@ def _call_seconds(context: Context) -> float:
     return min(context.times.call, 60.0)
 
 
-async def _ask(context: Context, resolved: ResolvedSpec) -> Outcome:
-    async with open_teacher(
-        resolved.teacher,
-        resolved.spec.signal,
-        environ=os.environ,
-        private=context.settings.private_teachers,
-        connections=1,
-    ) as client:
-        return await client.ask(
-            PROBE_MESSAGES,
-            seed_of=resolved.pipeline_id,
-            deadline=min(_call_seconds(context), resolved.teacher.limits.timeout_seconds),
-            max_tokens=PROBE_TOKENS,
-        )
-
-
-def judge(outcome: Outcome, spec: Spec, chat: ChatTokenizer, expected: int) -> Unfit | None:
-    """Say why a teacher is unfit; None when it is fit, or when only time can tell."""
-    if isinstance(outcome, Retry):
-        return None
-    name, signal = spec.teachers[0].name, spec.signal
-    if isinstance(outcome, Reject):
-        if outcome.reason == reasons.MISSING_LOGPROBS:
-            return Unfit(
-                reasons.MISSING_LOGPROBS,
-                f"teacher {name!r} gave no log-probabilities, which `signal.kind: topk` needs: "
-                f"use a server that gives them, or {TEXT_INSTEAD}",
-            )
-        return Unfit(outcome.reason, f"teacher {name!r} cannot be asked: {outcome.detail}")
-    if outcome.usage.prompt_tokens != expected:
-        return Unfit(
-            "tokenizer_mismatch",
-            f"teacher {name!r} counted {outcome.usage.prompt_tokens} tokens in a prompt that our "
-            f"tokenizer and chat template render to {expected}: name the teacher's own weights "
-            "in `teachers[0].reference` (or `student.of`), of the same revision as it serves",
-        )
-    if signal.kind != "topk":
-        return None
-    return _judge_logprobs(outcome.body, name, signal.k, chat)
-
-
-def _judge_logprobs(body: str, name: str, k: int, chat: ChatTokenizer) -> Unfit | None:
-    try:
-        positions = msgspec.json.decode(body, type=_Completion).choices[0].logprobs.content
-    except (msgspec.DecodeError, RecursionError) as error:
-        return Unfit(
-            reasons.MISSING_LOGPROBS,
-            f"teacher {name!r} gave log-probabilities in a form that is not OpenAI's ({error}): "
-            f"use a server that does, or {TEXT_INSTEAD}",
-        )
-    depth = max((len(position.top_logprobs) for position in positions), default=0)
-    if depth < k:
-        return Unfit(
-            "too_few_logprobs",
-            f"teacher {name!r} gave {depth} log-probabilities for a token where `signal.k` asks "
-            f"for {k}: set `signal.k: {depth}`"
-            if depth
-            else f"teacher {name!r} gave no alternatives (`top_logprobs`): use a server that "
-            f"does, or {TEXT_INSTEAD}",
-        )
-    for position in positions:
-        outcomes = [position, *position.top_logprobs]
-        ids = [outcome.id for outcome in outcomes if outcome.id is not None]
-        if any(not 0 <= found < chat.vocabulary for found in ids):
-            return Unfit(
-                "tokenizer_mismatch",
-                f"teacher {name!r} gave token ids outside our tokenizer's vocabulary of "
-                f"{chat.vocabulary}: name the teacher's own weights in `teachers[0].reference`",
-            )
-        if any(outcome.id is None and outcome.bytes is None for outcome in outcomes):
-            return Unfit(
-                "logprobs_without_tokens",
-                f"teacher {name!r} names its alternatives neither by `id` nor by `bytes`: use a "
-                f"server that does, or {TEXT_INSTEAD}",
-            )
-        mass = sum(math.exp(min(outcome.logprob, 1.0)) for outcome in position.top_logprobs)
-        if mass > MOST_MASS:
-            return Unfit(
-                "logprobs_not_raw",
-                f"teacher {name!r} gave probabilities that sum to {mass:.3f}: they are not the "
-                f"model's own; use a server that gives raw ones, or {TEXT_INSTEAD}",
-            )
-    return None
-
-
-def book(
-    session: Session,
-    pipeline_id: str,
-    charge_id: str,
-    outcome: Outcome,
+async def _ask_all(
+    context: Context,
     resolved: ResolvedSpec,
-    worst: int,
-) -> None:
-    """Replace the pessimistic charge by what the outcome tells; keep it where it tells nothing."""
-    price = resolved.teacher.usd_per_million
-    lock(session, pipeline_id)
-    if isinstance(outcome, Answered) or (isinstance(outcome, Reject) and outcome.usage):
-        usage = outcome.usage
-        assert usage is not None, "checked above"
-        cost = cost_microusd(price, usage.prompt_tokens, usage.completion_tokens)
-        if cost <= worst:
-            correct(session, pipeline_id, charge_id, "probe", cost, "the probe")
-    elif not outcome.lost:
-        correct(session, pipeline_id, charge_id, "probe", 0, f"not billed: {outcome.detail}")
+    questions: dict[int, Question],
+    chat: ChatTokenizer,
+    expected: int,
+) -> list[Heard]:
+    async def ask(number: int, question: Question) -> Heard:
+        signal = resolved.signals[question.teacher.name]
+        outcome = await _ask(context, question, resolved, chat.today)
+        CALLS.labels("answered" if isinstance(outcome, Answered) else "probe_failed").inc()
+        place = f"teachers[{number}]"
+        unfit = judge(outcome, question.teacher, signal, chat, expected, field=place)
+        return Heard(number, question, outcome, unfit)
+
+    return list(await asyncio.gather(*(ask(*pair) for pair in questions.items())))
+
+
+async def _ask(
+    context: Context, question: Question, resolved: ResolvedSpec, today: date | None
+) -> Outcome:
+    teacher = question.teacher
+    # Weights are loaded first, which takes as long as it takes.
+    seconds = context.times.call if teacher.weights else _call_seconds(context)
+    try:
+        async with open_teacher(
+            teacher,
+            resolved.signals[teacher.name],
+            context.settings,
+            environ=os.environ,
+            connections=1,
+            today=today,
+            pin=resolved.pinned.get(teacher.weights or ""),
+        ) as client:
+            deadline = min(seconds, teacher.limits.timeout_seconds)
+            return await client.ask(question.call, deadline=deadline)
+    except PermanentError as error:
+        return Reject(error.reason, str(error))
 
 
 def _decide(
-    session: Session,
-    context: Context,
-    pipeline_id: str,
-    attempt: int,
-    outcome: Outcome,
-    unfit: Unfit | None,
+    session: Session, context: Context, pipeline_id: str, attempt: int, heard: list[Heard]
 ) -> bool:
     """Open the collection, plan the next attempt, or fail; True when it failed."""
     pipeline = lock(session, pipeline_id)
     assert pipeline is not None, "pipelines are never deleted"
     if pipeline.stopping or pipeline.state in TERMINAL:
         return False
-    if isinstance(outcome, Retry) and attempt >= context.times.probe_attempts:
-        unfit = Unfit(
-            outcome.reason,
-            f"the teacher did not answer the probe in {attempt} attempts ({outcome.detail}): "
-            "check `teachers[0].url`, and that it is up",
-        )
-    if unfit is not None:
-        log.warning("the probe failed", reason=unfit.reason)
-        fail_pipeline(session, pipeline, "collect", unfit.reason, unfit.detail)
+    unfit = [one.unfit for one in heard if one.unfit is not None]
+    away = [one for one in heard if isinstance(one.outcome, Retry)]
+    if attempt >= context.times.probe_attempts:
+        unfit += [
+            did_not_answer(
+                one.question.teacher.name,
+                f"teachers[{one.number}]",
+                one.outcome,
+                f" the probe in {attempt} attempts",
+            )
+            for one in away
+            if isinstance(one.outcome, Retry)
+        ]
+    if unfit:
+        log.warning("the probe failed", reasons=[one.reason for one in unfit])
+        detail = "; ".join(one.detail for one in unfit)
+        fail_pipeline(session, pipeline, "collect", unfit[0].reason, detail)
         return True
     values: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "collect": "running"}
-    if isinstance(outcome, Retry):
+    if away:
+        asked = max(a.outcome.after or 0.0 for a in away if isinstance(a.outcome, Retry))
         pause = min(context.times.probe_backoff * 2 ** (attempt - 1), 60.0)
-        values = {"next_attempt_at": now(session) + max(pause, min(outcome.after or 0.0, 60.0))}
+        values = {"next_attempt_at": now(session) + max(pause, min(asked, 60.0))}
     changed(session, update(Pipeline).where(Pipeline.pipeline_id == pipeline_id).values(**values))
     return False

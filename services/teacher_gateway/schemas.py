@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from services.teacher_gateway.preflight.views import Preflight
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.chat import Message
 from stillhouse.contracts.events import Split, Stage
-from stillhouse.contracts.spec import Batches, Verdict
+from stillhouse.contracts.spec import Batches, Limits, Price, Purpose, SecretRef, Verdict
 from stillhouse.contracts.trainings import Figures, Release, Report
 
 PipelineState = Literal["accepting", "running", "released", "withheld", "failed", "cancelled"]
@@ -64,7 +65,8 @@ class Checked(BaseModel):
     prompt_tokens: int = Field(description="estimated from the first 2000 prompts")
     worst_case_usd: float = Field(description="if every answer took `signal.max_tokens`")
     budget_usd: float
-    probe_usd: float | None = Field(description="what the one question cost; none without `probe`")
+    probe_usd: float | None = Field(description="what the questions cost; none without `probe`")
+    preflight: Preflight | None = Field(description="none without `probe`")
 
 
 class StageView(BaseModel):
@@ -106,6 +108,7 @@ class PipelineView(PipelineSummary):
     batches_closed: int
     tokens: Tokens
     gpu_seconds: float
+    last_event: int = Field(description="sequence of the last event that this view includes")
     dataset_id: str | None
     training_id: str | None
     student_id: str | None
@@ -207,6 +210,7 @@ class ChargeView(BaseModel):
     batch: int | None
     attempt: int | None
     answers: int
+    cached: int = Field(description="of these answers: paid for before, and free")
     microusd: int
     detail: str
     booked_at: datetime
@@ -219,6 +223,100 @@ class Charges(BaseModel):
     next: str | None
     cost: Cost
     totals_microusd: dict[str, int] = Field(description="all lines by kind")
+
+
+class AccountView(BaseModel):
+    """Money of the tenant that no pipeline pays."""
+
+    name: str
+    cost: Cost
+    created_at: datetime
+
+
+class Accounts(BaseModel):
+    """Newest first."""
+
+    items: list[AccountView]
+    next: str | None
+
+
+class AccountChargeView(BaseModel):
+    charge_id: str
+    kind: str
+    answers: int
+    microusd: int
+    detail: str
+    booked_at: datetime
+
+
+class AccountCharges(BaseModel):
+    """An account's lines, oldest first, and its money."""
+
+    items: list[AccountChargeView]
+    next: str | None
+    cost: Cost
+    totals_microusd: dict[str, int] = Field(description="all lines by kind")
+
+
+class RegisteredTeacherView(BaseModel):
+    """A teacher for live traffic: as it was posted, its verdict, and its money."""
+
+    name: str
+    url: str
+    model: str
+    api_key: SecretRef | None
+    terms: str
+    usd_per_million: Price
+    limits: Limits
+    purpose: Purpose
+    budget_usd: float
+    on_disconnect: Literal["finish", "abort"]
+    verdict: Verdict
+    account: str = Field(description="`/v1/accounts/{account}/charges` lists what was paid")
+    cost: Cost
+    created_at: datetime
+    updated_at: datetime
+
+
+class RegisteredTeachers(BaseModel):
+    """By name."""
+
+    items: list[RegisteredTeacherView]
+
+
+class CapturedFailure(BaseModel):
+    """An exchange without a whole answer. Nothing of its text is told."""
+
+    at: datetime
+    teacher: str
+    reason: str
+    status: int
+    detail: str
+
+
+class CapturedTeacher(BaseModel):
+    """What was recorded of one teacher."""
+
+    teacher: str
+    records: int
+    failures: int
+    cost_microusd: int
+    first_at: datetime
+    last_at: datetime
+
+
+class CapturedView(BaseModel):
+    """Recorded live traffic. A record is here some seconds after its answer."""
+
+    records: int = Field(description="exchanges with a whole answer: what prompts are made from")
+    failures: int = Field(description="exchanges without one")
+    cost_microusd: int
+    teachers: list[CapturedTeacher]
+    tags: dict[str, dict[str, int]] = Field(
+        description="names and values with their records, among the newest batches"
+    )
+    reasons: dict[str, int] = Field(description="failures by reason, among the newest batches")
+    last_failures: list[CapturedFailure] = Field(description="newest first")
 
 
 class Uploaded(BaseModel):

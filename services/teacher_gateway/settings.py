@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
-from stillhouse.chassis.settings import ServiceSettings
-
-
-def _paths(value: object) -> object:
-    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
-
-
-def _words(value: object) -> object:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
+from stillhouse.chassis.settings import ReferenceSettings, split_words
 
 
 def _names(value: object) -> object:
-    return _words(value.lower()) if isinstance(value, str) else value
+    return split_words(value.lower()) if isinstance(value, str) else value
 
 
-class TeacherGatewaySettings(ServiceSettings):
+class TeacherGatewaySettings(ReferenceSettings):
     PREFIX: ClassVar[str] = "TEACHER_GATEWAY_"
 
     database_url: str = Field(
@@ -39,9 +28,6 @@ class TeacherGatewaySettings(ServiceSettings):
     key_pepper: SecretStr = Field(
         min_length=16, description="secret with which API keys are hashed before they are stored"
     )
-    file_roots: Annotated[tuple[Path, ...], BeforeValidator(_paths)] = Field(
-        (), description="folders below which `file:` references are opened, by the path separator"
-    )
     terms_file: Path | None = Field(
         None,
         description="catalogue of terms of your own, whose entries come before the shipped ones",
@@ -54,21 +40,54 @@ class TeacherGatewaySettings(ServiceSettings):
         None, ge=1, description="batches asked at once in all; unset: a worker's processes less one"
     )
     collect_window: int = Field(8, ge=1, le=256, description="batches of a pipeline open at once")
+    check_usd_per_day: float = Field(
+        5, ge=0, description="what a tenant's checks may spend at teachers in one UTC day"
+    )
+    local_device: str = Field(
+        "auto", description="torch device of local `weights`: cpu, cuda, cuda:1; auto: a GPU if any"
+    )
+    local_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="what the layers of local `weights` compute in, their output layer is float32; "
+        "auto: float32 on a CPU, bfloat16 on a GPU",
+    )
+    local_threads: int = Field(1, ge=1, le=256, description="threads of torch for local `weights`")
+    local_cache_mib: int = Field(
+        2048, ge=1, description="memory for keys and values of the answers that local weights write"
+    )
     max_body_bytes: int = Field(262_144, ge=1024, description="largest body of a request")
     max_upload_bytes: int = Field(268_435_456, ge=1024, description="largest upload")
+    max_event_streams: int = Field(200, ge=1, description="event streams open at once in one API")
+    max_tenant_event_streams: int = Field(20, ge=1, description="those of one tenant")
     max_prompts: int = Field(200_000, ge=1, description="most lines of a file of prompts")
     max_prompts_bytes: int = Field(4_294_967_296, ge=1, description="largest file of prompts")
-    secret_hosts: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = Field(
+    capture_dir: Path | None = Field(
+        None,
+        description="folder where recorded traffic waits for the store; it must outlive the "
+        "process; unset: work_dir",
+    )
+    capture_spool_bytes: int = Field(
+        1_073_741_824,
+        ge=1_048_576,
+        description="most recorded traffic that waits on one API's disk",
+    )
+    capture_max_body_bytes: int = Field(
+        4_194_304, ge=1024, description="largest body of a chat completion's request"
+    )
+    capture_max_tokens: int = Field(
+        4096, ge=1, description="answer tokens that a call without a limit of its own may cost"
+    )
+    grace_seconds: float = Field(
+        6, ge=0, le=600, description="how long a stopping API lets open requests finish"
+    )
+    secret_hosts: Annotated[tuple[str, ...], BeforeValidator(split_words)] | None = Field(
         None,
         description="which variable may be sent to which teacher's host, as NAME@host by commas; "
         "unset: any when embedded, none when deployed",
     )
 
     @model_validator(mode="after")
-    def _roots_are_absolute(self) -> TeacherGatewaySettings:
-        for root in self.file_roots:
-            if not root.is_absolute():
-                raise ValueError(f"file_roots: expected absolute folders, found {str(root)!r}")
+    def _secrets_name_hosts(self) -> TeacherGatewaySettings:
         for pair in self.secret_hosts or ():
             if pair.count("@") != 1:
                 raise ValueError(f"secret_hosts: expected NAME@host, found {pair!r}")
@@ -79,6 +98,11 @@ class TeacherGatewaySettings(ServiceSettings):
         if self.allow_private_teachers is None:
             return self.profile == "embedded"
         return self.allow_private_teachers
+
+    @property
+    def captured_folder(self) -> Path:
+        """Made by us below what the operator named, so that it is ours alone."""
+        return (self.capture_dir or self.work_dir) / "captured"
 
     @property
     def hosts(self) -> frozenset[str]:

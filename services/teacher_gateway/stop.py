@@ -41,6 +41,13 @@ def mark_stopping(session: Session, pipeline: Pipeline, outcome: Outcome, reason
     for stage in STAGES:
         if getattr(pipeline, stage) not in ENDED_STAGES:
             setattr(pipeline, stage, outcome)
+    # What lies at a provider is cancelled there at once.
+    changed(
+        session,
+        update(Batch)
+        .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.provider_batch.is_not(None))
+        .values(next_attempt_at=0.0),
+    )
     session.flush()
     return True
 
@@ -96,6 +103,7 @@ def finish_stopping(engine: Engine, store: ObjectStore, pipeline_id: str) -> boo
             Batch.state != "closed",
             Batch.lease_until <= clock,
             Batch.reserved_microusd == 0,
+            Batch.provider_batch.is_(None),
         )
         changed(session, update(Batch).where(*idle).values(state="closed", closed_at=clock))
         open_batch = select(Batch.batch).where(

@@ -50,6 +50,11 @@ class GatewayTimeouts:
     # A step that did not move for this long gets its input again; so often before it has failed.
     redrive: float
     redrive_tries: int
+    # A provider's batch is looked at after this time, later when a tenth of its age went by, and at
+    # the latest after the cap. One that was cancelled may end in so long, then it is given up.
+    provider_poll: float
+    provider_poll_cap: float
+    provider_cancel: float
     # How long train batches wait for the student with `start: after_student`.
     student: float = 600
 
@@ -95,6 +100,9 @@ EMBEDDED = GatewayTimeouts(
     probe_backoff=1,
     redrive=15,
     redrive_tries=6,
+    provider_poll=10,
+    provider_poll_cap=120,
+    provider_cancel=900,
 )
 DEPLOYED = GatewayTimeouts(
     call=600,
@@ -118,6 +126,9 @@ DEPLOYED = GatewayTimeouts(
     probe_backoff=2,
     redrive=300,
     redrive_tries=6,
+    provider_poll=60,
+    provider_poll_cap=900,
+    provider_cancel=900,
 )
 
 

@@ -1,21 +1,31 @@
-"""The teacher's tokenizer and chat template, found in a folder of weights that a spec names.
+"""The teachers' tokenizer and chat template, found in the folders of weights that a spec names.
 
 Tokens are the teacher's, so its tokenizer is stored once for all services. It is read from the
-weights beside the teacher's address (`reference`), or else from the student's own weights; where
-both are named they must be the same tokenizer, because a student cannot learn from ids of another.
+weights that a teacher has (`weights`, or `reference` beside its address), or else from the
+student's own. A student cannot learn from ids of another tokenizer, nor can one conversation be
+rendered in two ways: teachers whose log-probabilities or counts are learnt must agree in both.
+The text of a teacher with another tokenizer can be learnt all the same, and nothing else of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from services.teacher_gateway.prompt_lines import PromptLine
 from stillhouse.chassis.errors import PermanentError
-from stillhouse.chassis.model_folder import check_model_folder, read_json, resolve_reference
+from stillhouse.chassis.model_folder import read_json
+from stillhouse.chassis.origins import CONFIG
+from stillhouse.chassis.references import Sources, opened, pin_of
 from stillhouse.contracts.canonical import canonical_json
-from stillhouse.contracts.chat import MAX_TEMPLATE_CHARACTERS, ChatTokenizer, Message
+from stillhouse.contracts.chat import (
+    MAX_TEMPLATE_CHARACTERS,
+    ChatTokenizer,
+    Message,
+    TemplateRefused,
+)
 from stillhouse.contracts.spec import Spec
 
 TOKENIZER_REFUSED = "tokenizer_refused"
@@ -25,42 +35,96 @@ LAYERS_REFUSED = "student_layers_refused"
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """A tokenizer, and the reference of the folder that it came from."""
+    """A tokenizer, and the reference of the folder that it came from.
+
+    `text_only` are the teachers whose own tokenizer is another one; `reference` the weights that
+    all teachers are, where they have this tokenizer: the student can be measured against them.
+    `pins` name the content of references that may change, so that whoever opens them later opens
+    the same.
+    """
 
     chat: ChatTokenizer
     source: str
+    text_only: frozenset[str] = frozenset()
+    reference: str | None = None
+    pins: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_tokenizer(spec: Spec, roots: Sequence[Path]) -> FoundTokenizer:
-    """Read the teacher's tokenizer and check the student's weights against it.
+def find_tokenizer(spec: Spec, sources: Sources) -> FoundTokenizer:
+    """Read the teachers' tokenizer and check the student's weights against it.
 
     Raises PermanentError that names the folders at fault.
     """
     student = spec.student.weights
-    config = check_model_folder(resolve_reference(student, roots))
+    named = {student, *(t.known_weights for t in spec.teachers if t.known_weights)}
+    pins = {name: pin for name in sorted(named) if (pin := pin_of(name, sources)) is not None}
+    with opened(student, sources, part="tokenizer", pin=pins.get(student)) as folder:
+        config = read_json(folder, CONFIG)
     _check_layers(spec, config)
-    learned = _load(student, roots)
-    reference = spec.teachers[0].reference
-    if reference is None or reference == student:
-        found = FoundTokenizer(learned, student)
-    else:
-        taught = _load(reference, roots)
-        if taught.tokenizer_sha256 != learned.tokenizer_sha256:
+    learned = load_tokenizer(student, sources, pin=pins.get(student))
+    same: dict[str, ChatTokenizer] = {}
+    text_only = set()
+    for teacher in spec.teachers:
+        reference = teacher.known_weights
+        if reference is None or reference in same:
+            continue
+        taught = learned
+        if reference != student:
+            taught = load_tokenizer(reference, sources, pin=pins.get(reference))
+        if taught.tokenizer_sha256 == learned.tokenizer_sha256:
+            same[reference] = taught
+        elif spec.signal.kind in ("text", "auto"):
+            text_only.add(teacher.name)
+        else:
             raise PermanentError(
                 f"the student's tokenizer ({student}, SHA-256 {learned.tokenizer_sha256[:12]}) is "
                 f"not the teacher's ({reference}, SHA-256 {taught.tokenizer_sha256[:12]}): the "
                 "teacher's token ids mean nothing to this student; take student weights with the "
-                "teacher's tokenizer, such as its own layers (`layers` and `of`)",
+                "teacher's tokenizer, such as its own layers (`layers` and `of`), or "
+                "`signal.kind: text`",
                 reason=TOKENIZER_MISMATCH,
             )
-        found = FoundTokenizer(taught, reference)
-    if found.chat.vocabulary > config["vocab_size"]:
+    source, chat = next(iter(same.items()), (student, learned))
+    if spec.signal.kind != "text":
+        _check_templates(source, same)
+    if chat.vocabulary > config["vocab_size"]:
         raise PermanentError(
-            f"the tokenizer of {found.source} has {found.chat.vocabulary} tokens and the student "
+            f"the tokenizer of {source} has {chat.vocabulary} tokens and the student "
             f"{student} an embedding for {config['vocab_size']}: take weights that belong together",
             reason=TOKENIZER_MISMATCH,
         )
-    return found
+    everyones = {teacher.known_weights for teacher in spec.teachers}
+    return FoundTokenizer(
+        chat, source, frozenset(text_only), source if everyones == {source} else None, pins
+    )
+
+
+def _check_templates(source: str, same: Mapping[str, ChatTokenizer]) -> None:
+    for reference, chat in same.items():
+        if chat.template_sha256 != same[source].template_sha256:
+            raise PermanentError(
+                f"the chat templates of {source} and {reference} are not the same, and rows are "
+                "rendered in one way: put the same chat template into both folders, leave one "
+                "teacher out, or ask for `signal.kind: text`",
+                reason=TOKENIZER_MISMATCH,
+            )
+
+
+def prompt_tokens(chat: ChatTokenizer, line: PromptLine) -> int:
+    """Count the tokens of a prompt's rendering.
+
+    Raises TemplateRefused, also where the template would leave out what the prompt holds: the
+    teacher would see functions of which the student hears nothing.
+    """
+    ids = chat.encode_prompt(line.messages, line.tools)
+    calls = [call.function.name for m in line.messages for call in m.tool_calls or ()]
+    if line.tools or calls:
+        rendered = chat.render(line.messages, line.tools)
+        if line.tools and rendered == chat.render(line.messages):
+            raise TemplateRefused("the chat template does not write the `tools` of a prompt")
+        if any(name not in rendered for name in calls):
+            raise TemplateRefused("the chat template does not write the `tool_calls` of a message")
+    return len(ids)
 
 
 def _check_layers(spec: Spec, config: dict[str, Any]) -> None:
@@ -73,8 +137,13 @@ def _check_layers(spec: Spec, config: dict[str, Any]) -> None:
         )
 
 
-def _load(reference: str, roots: Sequence[Path]) -> ChatTokenizer:
-    folder = resolve_reference(reference, roots)
+def load_tokenizer(reference: str, sources: Sources, *, pin: str | None = None) -> ChatTokenizer:
+    """Read the tokenizer of a folder of weights. Raises PermanentError that says what is wrong."""
+    with opened(reference, sources, part="tokenizer", pin=pin) as folder:
+        return _read(folder, reference)
+
+
+def _read(folder: Path, reference: str) -> ChatTokenizer:
     data = read_json(folder, "tokenizer.json")
     # Cutting and filling would change ids; the canonical form makes equal tokenizers equal bytes.
     data["truncation"] = data["padding"] = None

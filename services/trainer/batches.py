@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.trainer.attention import Documents
 from services.trainer.data import Row
 from services.trainer.losses import Targets, TokenTargets, TopKTargets
 from stillhouse.contracts import signals
@@ -16,40 +19,52 @@ from stillhouse.contracts import signals
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some whole rows.
+    """Some whole rows, packed one behind the other: nothing is padded.
 
-    input_ids: int64 [B, L], padded on the right: under a causal mask no token sees the padding, so
-    no attention mask is needed. predictors: int64 [N], where in the flattened [B x L] the hidden
-    states stand that predict the targets.
+    input_ids, position_ids: int64 [1, T], each row counted from 0. predictors: int64 [N], where
+    in the sequence the hidden states stand that predict the targets.
     """
 
     input_ids: Tensor
+    position_ids: Tensor
+    documents: Documents
     predictors: Tensor
     targets: Targets
 
 
 def collate(rows: Sequence[Row], loss: str, device: torch.device) -> MicroBatch:
-    """Put rows side by side. `loss` is the spec's: `sft` wants tokens, `forward_kl` signals.
+    """Put rows behind each other. `loss` is the spec's: `sft` wants tokens, `forward_kl` signals.
+
+    Where the teacher's weights are at hand, their distribution takes the place of the targets.
 
     A row without a signal is the teacher's text and nothing else: for `forward_kl` its tokens
     count as certain, which is the loss of `sft` (`stillhouse_trainer_rows_total` counts them).
     """
-    length = max(len(row.ids) for row in rows) - 1  # nothing is predicted from the last id
-    input_ids = np.zeros((len(rows), length), np.int64)
-    predictors = []
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row.ids) - 1] = row.ids[:-1]
-        predictors.append(np.arange(row.prompt_tokens - 1, len(row.ids) - 1) + number * length)
+    predictors, start = [], 0
+    for row in rows:
+        predictors.append(np.arange(start + row.prompt_tokens - 1, start + row.fed))
+        start += row.fed
     if loss == "sft":
         tokens = np.concatenate([row.ids[row.prompt_tokens :] for row in rows])
-        targets: Targets = TokenTargets(torch.from_numpy(tokens).to(device))
+        targets: Targets = TokenTargets(_moved(tokens, device))
     else:
         targets = _topk([_signal(row) for row in rows], device)
     return MicroBatch(
-        torch.from_numpy(input_ids).to(device),
-        torch.from_numpy(np.concatenate(predictors)).to(device),
+        _moved(np.concatenate([row.ids[:-1] for row in rows])[None], device),
+        _moved(np.concatenate([np.arange(row.fed) for row in rows])[None], device),
+        Documents.of([row.fed for row in rows], device),
+        _moved(np.concatenate(predictors), device),
         targets,
     )
+
+
+def _moved(
+    made: npt.NDArray[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    tensor = torch.from_numpy(made).to(dtype=dtype)
+    if device.type == "cuda":  # from pinned memory the copy runs beside the computing
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _signal(row: Row) -> signals.TopK:
@@ -73,7 +88,7 @@ def _topk(found: Sequence[signals.TopK], device: torch.device) -> TopKTargets:
         start = end
     tail = np.concatenate([signal.tail for signal in found])
     return TopKTargets(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(logp).to(device, torch.float32),
-        torch.from_numpy(tail).to(device, torch.float32),
+        _moved(ids, device),
+        _moved(logp, device, torch.float32),
+        _moved(tail, device, torch.float32),
     )

@@ -17,7 +17,7 @@ the number of the next row.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -71,6 +71,11 @@ class Row:
     @property
     def supervised(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def fed(self) -> int:
+        """Tokens that go through the student: nothing is predicted from the last id."""
+        return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
@@ -352,7 +357,7 @@ def _invalid(key: str, detail: str) -> PermanentError:
 
 def _row(values: dict[str, object], batch: int) -> Row:
     stored = None
-    if values["signal"] == "topk":
+    if values["signal"] in ("topk", "counts"):
         stored = signals.StoredTopK(
             slots=values["signal_slots"],  # type: ignore[arg-type]
             ids=values["signal_ids"],  # type: ignore[arg-type]
@@ -369,19 +374,19 @@ def _row(values: dict[str, object], batch: int) -> Row:
     )
 
 
-def micro_batches(rows: Iterable[Row], limit: int) -> Iterator[list[Row]]:
-    """Group the rows of a step by length, so that little is padded.
+def micro_batches(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    """Share the rows of a step out among passes of at most `limit` tokens (a longer row goes
+    alone): the longest first, each into the first pass that has room.
 
-    A group's rows x its longest row stay within `limit` tokens (a longer row goes alone). The
-    order depends on the rows alone, so sums of floats are the same in every run.
+    The order depends on the rows alone, so sums of floats are the same in every run.
     """
-    ordered = sorted(enumerate(rows), key=lambda pair: (-len(pair[1].ids), pair[0]))
-    group: list[Row] = []
-    for _, row in ordered:
-        longest = len(group[0].ids) if group else len(row.ids)
-        if group and longest * (len(group) + 1) > limit:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    groups: list[list[Row]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: -row.fed):
+        at = next((n for n, left in enumerate(room) if left >= row.fed), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append(limit)
+        groups[at].append(row)
+        room[at] -= row.fed
+    return groups

@@ -1,66 +1,67 @@
 """The output layer and its loss in one, in chunks, so that [tokens, vocabulary] never exists.
 
 A student of a few hundred million parameters has a vocabulary of 50,000 to 150,000: the logits of
-one step would be larger than the model. The gradients are made in the forward pass instead, chunk
-by chunk: a chunk's logits are computed, turned into their own gradient in place (`losses`), and
-multiplied into the gradients of hidden states and weights at once.
+one step would be larger than the model. So a chunk's logits are computed, turned into their own
+gradient in place (`losses`), and multiplied into the gradients of hidden states and weights at
+once, before the next chunk's take their place. Autograd has no part in it: between micro-batches
+nothing of the size of the weights is made, cleared or added.
 
-Memory beside the inputs: chunk x V for a chunk's logits, N x H for the gradient of the hidden
-states, V x H for that of the weights (none when they are frozen), and the targets.
+The elementwise work goes over a few rows at a time, which stay in the cache.
+
+Memory beside the inputs: c x chunk x V, where c is 1 for stored outcomes and tokens and 2 where the
+teacher's whole distribution stands beside them, and at most 4 x SLICE for what a loss makes on its
+way; N x H for the gradient of the hidden states; V x H for that of the weights, which stays (none
+when they are frozen); and the targets.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from services.trainer.losses import Targets, loss_
+from services.trainer.losses import LossTargets, Targets, WholeTargets, loss_
 
-CHUNK = 128
+# Larger ones read and write the weights' gradient less often, and are faster up to about here.
+CHUNK = 256
+# Logits that one pass of a loss takes on a CPU: 1 MB of float32.
+SLICE = 1 << 18
 
 
-class _FusedHead(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Targets, scale: float, chunk: int
-    ) -> Tensor:
-        count = hidden.shape[0]
+def learn_head(
+    hidden: Tensor, weight: Tensor, targets: Targets, *, scale: float, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Return `scale x sum of the losses` of N supervised positions, as a float64 scalar, and its
+    gradient in the hidden states; add that in the weights to `weight.grad`.
+
+    hidden: [N, H], the last hidden states that predict the targets; weight: [V, H], the output
+    layer (the embedding itself where they are tied).
+    """
+    if hidden.shape[0] != len(targets):
+        raise ValueError(f"{hidden.shape[0]} hidden states for {len(targets)} targets")
+    with torch.no_grad():
+        hidden, count = hidden.detach(), hidden.shape[0]
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        if weight.requires_grad and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         logits = hidden.new_empty(min(chunk, count), weight.shape[0])
+        other = torch.empty_like(logits) if isinstance(targets, WholeTargets) else None
+        rows = max(1, SLICE // weight.shape[0]) if hidden.device.type == "cpu" else chunk
         for start in range(0, count, chunk):
             end = min(start + chunk, count)
             part, gradient = hidden[start:end], logits[: end - start]
             torch.mm(part, weight.t(), out=gradient)
-            total += loss_(gradient, targets.part(start, end), scale).sum(dtype=torch.float64)
+            of_chunk = targets.part(start, end)
+            if isinstance(of_chunk, WholeTargets):
+                assert other is not None
+                wanted: LossTargets = of_chunk.spread(other[: end - start])
+            else:
+                wanted = of_chunk
+            for first in range(0, end - start, rows):
+                last = min(first + rows, end - start)
+                losses = loss_(gradient[first:last], wanted.part(first, last), scale)
+                total += losses.sum(dtype=torch.float64)
             torch.mm(gradient, weight, out=d_hidden[start:end])
-            if d_weight is not None:
-                d_weight.addmm_(gradient.t(), part)
-        ctx.save_for_backward(d_hidden, d_weight)
-        return total * scale
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        factor = outer.to(d_hidden.dtype)
-        d_weight = None if d_weight is None else d_weight.mul_(factor)
-        return d_hidden.mul_(factor), d_weight, None, None, None
-
-
-def fused_loss(
-    hidden: Tensor, weight: Tensor, targets: Targets, *, scale: float, chunk: int = CHUNK
-) -> Tensor:
-    """Return `scale x sum of the losses` of N supervised positions, as a float64 scalar.
-
-    hidden: [N, H], the last hidden states that predict the targets; weight: [V, H], the output
-    layer (the embedding itself where they are tied). Backward may run once.
-    """
-    if hidden.shape[0] != len(targets):
-        raise ValueError(f"{hidden.shape[0]} hidden states for {len(targets)} targets")
-    result: Tensor = _FusedHead.apply(hidden, weight, targets, scale, chunk)
-    return result
+            if weight.grad is not None:
+                weight.grad.addmm_(gradient.t(), part)
+    return total * scale, d_hidden

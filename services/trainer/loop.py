@@ -11,14 +11,16 @@ from __future__ import annotations
 import errno
 import math
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
 
-from services.trainer import announce, metrics, plan, student
-from services.trainer.batches import collate
-from services.trainer.data import INVALID_SHARD, End, Missing, StepRows, TrainData, micro_batches
-from services.trainer.head import fused_loss
+from services.trainer import announce, memory, metrics, plan, student, work
+from services.trainer.data import INVALID_SHARD, End, Missing, StepRows, TrainData
+from services.trainer.gradients import Passes
 from services.trainer.hold import Hold
 from services.trainer.saver import Saver
 from services.trainer.session import Session, head_cursor, prepare, resume
@@ -102,6 +104,7 @@ class TrainingRun:
         kept = outcome in (Outcome.STARVED, Outcome.HANDED_OVER)
         if not kept or self.session is None or not self.session.saved:
             self.session = None
+            memory.give_back()
         metrics.leave()
         metrics.RUNS.labels(outcome.value).inc()
         return outcome
@@ -159,7 +162,8 @@ class TrainingRun:
             if isinstance(step, End):
                 self._complete(self.session, step)
                 return Outcome.DONE, step.cursor
-            self._step(self.session, step)
+            with self._reading_ahead(data, step.cursor):
+                self._step(self.session, step)
             cursor = self.session.cursor
             if isinstance(self._next(data, cursor), End):
                 continue  # it is saved as the last one
@@ -170,7 +174,16 @@ class TrainingRun:
         return None, cursor
 
     def _next(self, data: TrainData, cursor: Cursor) -> StepRows | Missing | End:
-        return self._hold.persist(lambda: data.next_step(cursor))
+        with metrics.waiting_for_data():
+            return self._hold.persist(lambda: data.next_step(cursor))
+
+    @contextmanager
+    def _reading_ahead(self, data: TrainData, cursor: Cursor) -> Iterator[None]:
+        """Read what the next step needs while this one computes. What goes wrong with it is met
+        again, and told, where the next step asks for its rows."""
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as beside:
+            beside.submit(data.next_step, cursor)
+            yield
 
     def _between(self) -> Outcome | None:
         """Between two segments: write down what was computed, and look around."""
@@ -191,23 +204,22 @@ class TrainingRun:
     def _wait(self, data: TrainData, cursor: Cursor, missing: Missing) -> Outcome | None:
         """Wait a little for what is missing; None when it came. Letting go costs a save and then
         a load, so patience grows with what a save takes."""
-        started = time.monotonic()
         patience = max(self._tools.times.wait, 2 * self._saver.seconds)
-        try:
-            while time.monotonic() < started + patience:
-                self._tools.beat()
-                self._hold.lease.check()
-                self._saver.reap()
-                if self._tools.stopping.wait(min(LOOK_AGAIN, patience)):
-                    self._saver.save_unsaved(self.session)
-                    return Outcome.TERMINATED
-                if not isinstance(self._next(data, cursor), Missing):
-                    return None
-                outcome = self._look_around()
-                if outcome is not None:
-                    return outcome
-        finally:
-            metrics.DATA_WAIT_SECONDS.inc(time.monotonic() - started)
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            self._tools.beat()
+            self._hold.lease.check()
+            self._saver.reap()
+            with metrics.waiting_for_data():
+                stopping = self._tools.stopping.wait(min(LOOK_AGAIN, patience))
+            if stopping:
+                self._saver.save_unsaved(self.session)
+                return Outcome.TERMINATED
+            if not isinstance(self._next(data, cursor), Missing):
+                return None
+            outcome = self._look_around()
+            if outcome is not None:
+                return outcome
         log.info("what comes next is not there yet; letting go", key=missing.key)
         self._saver.save_unsaved(self.session)
         return Outcome.STARVED
@@ -258,27 +270,28 @@ class TrainingRun:
         seconds = time.monotonic() - started
         self._saver.gpu_seconds += seconds
         metrics.stepped(self._hold.resolved, step, entry, gradient, seconds)
+        self._measure(session, step, seconds)
         log.info("step", **entry.model_dump(exclude={"rows_sha256"}), seconds=round(seconds, 3))
         self._progress(entry, session.cursor)
 
     def _gradients(self, session: Session, step: StepRows) -> tuple[float, float]:
         """Mean loss of the step, and the norm of its gradient, which is clipped and in place."""
-        head = student.output_layer(session.model).weight
-        narrow = session.plan.environment.dtype == "bfloat16"
-        total, tokens = 0.0, step.tokens
-        for rows in micro_batches(step.rows, session.plan.micro_batch_tokens):
-            batch = collate(rows, self._spec.training.loss, self._tools.device)
-            with torch.autocast(self._tools.device.type, torch.bfloat16, enabled=narrow):
-                hidden = session.model.model(input_ids=batch.input_ids, use_cache=False)
-            # The logits are float32 always: in bfloat16 they would be wrong in the second digit.
-            supervised = hidden.last_hidden_state.flatten(0, 1)[batch.predictors].float()
-            loss = fused_loss(supervised, head, batch.targets, scale=1 / tokens)
-            crash_point("trainer.forward")
-            loss.backward()
-            crash_point("trainer.backward")
-            total += float(loss.detach())
-            self._hold.lease.check()
-        return total, session.optimizer.clip()
+        passes = Passes(
+            self._spec.training,
+            self._tools.device,
+            session.plan,
+            teacher=session.teacher,
+        )
+        loss = passes.gradient(session.model, step.rows, between=self._hold.lease.check)
+        return loss, session.optimizer.clip()
+
+    def _measure(self, session: Session, step: StepRows, seconds: float) -> None:
+        here, device = session.plan.environment, self._tools.device
+        done = work.step_flops(session.model, step.rows, session.teacher) / seconds
+        best = work.peak_flops(device, here.dtype, here.matrices)
+        metrics.worked(sum(row.fed for row in step.rows) / seconds, done, done / best)
+        if device.type == "cuda":
+            metrics.DEVICE_MEMORY.set(torch.cuda.max_memory_allocated(device))
 
     def _progress(self, entry: LedgerEntry, cursor: Cursor) -> None:
         if time.monotonic() - self._progress_at < self._tools.settings.progress_seconds:

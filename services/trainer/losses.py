@@ -8,7 +8,9 @@ All are generic in dtype; tests hold them to autograd of the formulas below in f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,14 +48,62 @@ class TokenTargets:
         return TokenTargets(self.ids[start:end])
 
 
-Targets = TopKTargets | TokenTargets
+@dataclass(frozen=True)
+class Divergence:
+    """Which loss over the whole vocabulary, by its name in the spec, with its one parameter.
+
+    `beta` is that of `jsd`, `alpha` that of `skew_kl` and `skew_reverse_kl`.
+    """
+
+    name: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+    beta: float = 0.5
+    alpha: float = 0.1
 
 
-def loss_(logits: Tensor, targets: Targets, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class WholeTargets:
+    """The teacher's whole distribution, as what makes its logits: hidden [N, H], weight [V, H]."""
+
+    hidden: Tensor
+    weight: Tensor
+    divergence: Divergence
+
+    def __len__(self) -> int:
+        return int(self.hidden.shape[0])
+
+    def part(self, start: int, end: int) -> WholeTargets:
+        return WholeTargets(self.hidden[start:end], self.weight, self.divergence)
+
+    def spread(self, out: Tensor) -> LogitTargets:
+        """Compute the teacher's logits into `out` [N, V]."""
+        return LogitTargets(torch.mm(self.hidden, self.weight.t(), out=out), self.divergence)
+
+
+@dataclass(frozen=True)
+class LogitTargets:
+    """The same, as the teacher's logits [N, V], which the loss overwrites."""
+
+    logits: Tensor
+    divergence: Divergence
+
+    def __len__(self) -> int:
+        return int(self.logits.shape[0])
+
+    def part(self, start: int, end: int) -> LogitTargets:
+        return LogitTargets(self.logits[start:end], self.divergence)
+
+
+Targets = TopKTargets | TokenTargets | WholeTargets
+LossTargets = TopKTargets | TokenTargets | LogitTargets
+
+
+def loss_(logits: Tensor, targets: LossTargets, scale: float) -> Tensor:
     """Apply the loss that the kind of target stands for; see there."""
     if isinstance(targets, TokenTargets):
         return cross_entropy_(logits, targets, scale)
-    return forward_kl_(logits, targets, scale)
+    if isinstance(targets, TopKTargets):
+        return forward_kl_(logits, targets, scale)
+    return divergence_(logits, targets.logits, targets.divergence, scale)
 
 
 def cross_entropy_(logits: Tensor, targets: TokenTargets, scale: float) -> Tensor:
@@ -118,3 +168,78 @@ def forward_kl_(logits: Tensor, targets: TopKTargets, scale: float) -> Tensor:
     rest.scatter_(1, ids, total[:, None] * log_q.exp() * scale)
     rest.scatter_add_(1, ids, -p * scale)
     return loss
+
+
+def divergence_(logits: Tensor, teacher: Tensor, divergence: Divergence, scale: float) -> Tensor:
+    """A divergence between teacher p = softmax(teacher) and student q = softmax(logits), over the
+    whole vocabulary; `teacher` [N, V] is overwritten too. With M the mixture named below:
+
+        forward_kl       KL(p || q)                                           dL/dz = q - p
+        reverse_kl       KL(q || p)                       dL/dz = q (log q - log p - L)
+        jsd              [b KL(p || M) + (1 - b) KL(q || M)] / (b (1 - b)),   M = b p + (1 - b) q
+                                      dL/dz = q (log(q / M) - KL(q || M)) / b
+        skew_kl          KL(p || M),  M = a p + (1 - a) q  dL/dz = q (g - sum q g), g = -(1-a) p/M
+        skew_reverse_kl  KL(q || M),  M = (1 - a) p + a q, no gradient through M:
+                                      dL/dz = q (log(q / M) - L)
+
+    Generalised JSD is that of GKD (Agarwal et al., ICLR 2024), divided by b (1 - b): without that
+    its size, and so the meaning of a learning rate, would change with b; at b = 0 and b = 1 it is
+    its limit, forward and reverse KL. The skew forms are DistiLLM's (Ko et al., ICML 2024); that
+    the mixture of the reverse one passes no gradient is as in DistiLLM-2's code.
+    """
+    name, beta, alpha = divergence.name, divergence.beta, divergence.alpha
+    if name == "jsd" and beta in (0.0, 1.0):
+        name = "forward_kl" if beta == 0.0 else "reverse_kl"
+    if name == "forward_kl":
+        return _forward_kl_(logits, teacher, scale)
+    log_q = _log_softmax_(logits)
+    log_p = _log_softmax_(teacher)
+    if name == "reverse_kl":
+        loss = _toward_student_(log_q, log_p)
+    elif name == "skew_reverse_kl":
+        mixed = torch.logaddexp(log_p + _log(1 - alpha), log_q + _log(alpha))
+        loss = _toward_student_(log_q, mixed)
+    elif name == "skew_kl":
+        mixed = torch.logaddexp(log_p + _log(alpha), log_q + _log(1 - alpha))
+        loss = (log_p.exp() * (log_p - mixed)).sum(1)
+        # q g = -(1 - a) p q / M: at most 1 in size, also where q and M are tiny.
+        pull = mixed.neg_().add_(log_p).add_(log_q).add_(_log(1 - alpha)).exp_().neg_()
+        logits.exp_().mul_(-pull.sum(1, keepdim=True)).add_(pull)
+    else:
+        mixed = torch.logaddexp(log_p + _log(beta), log_q + _log(1 - beta))
+        forward = (log_p.exp() * (log_p - mixed)).sum(1)
+        backward = _toward_student_(log_q, mixed)
+        loss = (beta * forward + (1 - beta) * backward) / (beta * (1 - beta))
+        logits.div_(beta)
+    logits.mul_(scale)
+    return loss
+
+
+def _forward_kl_(logits: Tensor, teacher: Tensor, scale: float) -> Tensor:
+    """KL(p || q) as E_p[difference of the logits] and the two log-sum-exps: each exponential is
+    taken once."""
+    logits.sub_(logits.amax(1, keepdim=True))
+    teacher.sub_(teacher.amax(1, keepdim=True))
+    apart = teacher - logits
+    p_total = teacher.exp_().sum(1, keepdim=True)
+    q_total = logits.exp_().sum(1, keepdim=True)
+    expected = torch.linalg.vecdot(apart, teacher)[:, None] / p_total
+    logits.mul_(scale / q_total).addcmul_(teacher, -scale / p_total)
+    return (expected + q_total.log() - p_total.log()).squeeze(1)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    return logits.sub_(logits.logsumexp(1, keepdim=True))
+
+
+def _toward_student_(log_q: Tensor, log_m: Tensor) -> Tensor:
+    """KL(q || M) with M held; `log_q` becomes its gradient q (log(q / M) - KL)."""
+    ratio = log_q - log_m
+    q = log_q.exp_()
+    loss = (q * ratio).sum(1)
+    q.mul_(ratio.sub_(loss[:, None]))
+    return loss
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge
@@ -20,9 +22,23 @@ ROWS = Counter(
 STEPS = Counter("stillhouse_trainer_steps_total", "Optimiser steps")
 COMPUTE_SECONDS = Counter("stillhouse_trainer_compute_seconds_total", "Seconds of training")
 DATA_WAIT_SECONDS = Counter(
-    "stillhouse_trainer_data_wait_seconds_total", "Seconds of waiting for the next shard"
+    "stillhouse_trainer_data_wait_seconds_total", "Seconds of waiting for rows, or of reading them"
 )
 RATE = Gauge("stillhouse_trainer_tokens_per_second", "Supervised tokens a second in the last step")
+FED = Gauge(
+    "stillhouse_trainer_fed_tokens_per_second",
+    "Tokens, supervised or not, that went through the student a second in the last step",
+)
+FLOPS = Gauge(
+    "stillhouse_trainer_flops_per_second", "Operations of its matrices a second in the last step"
+)
+UTILISATION = Gauge(
+    "stillhouse_trainer_utilisation_ratio",
+    "The same as a share of what one large matrix product reaches on this device",
+)
+DEVICE_MEMORY = Gauge(
+    "stillhouse_trainer_device_memory_bytes", "Most memory of the GPU that tensors held at once"
+)
 CHECKPOINTS = Counter(
     "stillhouse_trainer_checkpoints_total", "Checkpoints saved, by what for", ["kind"]
 )
@@ -57,13 +73,29 @@ def stepped(
     COMPUTE_SECONDS.inc(seconds)
     RATE.set(entry.tokens / seconds)
     for row in step.rows:
-        ROWS.labels("text" if row.signal is None else "topk").inc()
+        kind = "text" if row.signal is None else "counts" if row.signal.drawn else "topk"
+        ROWS.labels(kind).inc()
     pipeline = resolved.pipeline_id
     STEP.labels(pipeline).set(entry.step)
     LOSS.labels(pipeline).set(entry.loss)
     GRADIENT.labels(pipeline).set(gradient)
     LEARNING_RATE.labels(pipeline).set(entry.learning_rate)
     SHARD_LAG.labels(pipeline).set(resolved.batches.train - len(step.cursor.shards))
+
+
+def worked(fed: float, flops: float, utilisation: float) -> None:
+    FED.set(fed)
+    FLOPS.set(flops)
+    UTILISATION.set(utilisation)
+
+
+@contextmanager
+def waiting_for_data() -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        DATA_WAIT_SECONDS.inc(time.monotonic() - started)
 
 
 def leave() -> None:

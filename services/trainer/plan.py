@@ -13,15 +13,14 @@ from importlib.metadata import version
 
 import torch
 
+from services.trainer import matrices, memory
+from services.trainer.probe import Suited
 from services.trainer.settings import TrainerSettings
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.storage import AlreadyExists, ObjectStore
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.spec import Training
 from stillhouse.contracts.trainings import Environment, Plan
-
-# On a CPU more would only add padding and memory: matrices of 500 rows are as fast as larger ones.
-MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 def decay_steps(training: Training, steps_so_far: int) -> int:
@@ -55,15 +54,20 @@ def set_up_torch(settings: TrainerSettings) -> torch.device:
             "driver, or set TRAINER_DEVICE=cpu",
             reason="settings",
         )
+    memory.keep()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True)
+    # It would fill each new tensor with NaN, a tenth of a step: nothing here reads what it did not
+    # write, and a test trains with the filling and without.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(wanted)
 
 
 def environment(device: torch.device, settings: TrainerSettings) -> Environment:
-    """Record what the bits depend on; `dtype` is that of new trainings."""
+    """Record what the bits depend on; `dtype` is that of new trainings, unless the probe finds
+    another."""
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -73,14 +77,22 @@ def environment(device: torch.device, settings: TrainerSettings) -> Environment:
         dtype=dtype,
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        matrices=matrices.here() if device.type == "cpu" else matrices.NATIVE,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         code=version("stillhouse"),
     )
 
 
 def as_planned(here: Environment, plan: Plan) -> Environment:
-    """This process's environment for a training: its dtype is the plan's."""
-    return here.model_copy(update={"dtype": plan.environment.dtype})
+    """This process's environment for a training: what the plan chose, where it can be had."""
+    planned = plan.environment
+    able = planned.matrices == matrices.NATIVE or matrices.usable()
+    return here.model_copy(
+        update={
+            "dtype": planned.dtype,
+            "matrices": planned.matrices if able else matrices.NATIVE,
+        }
+    )
 
 
 def find_plan(store: ObjectStore, tenant: str, training: str) -> Plan | None:
@@ -93,7 +105,7 @@ def settle_plan(
     tenant: str,
     training: str,
     *,
-    settings: TrainerSettings,
+    suited: Suited,
     here: Environment,
     layers_kept: list[int] | None,
     block_influence: list[float] | None,
@@ -101,9 +113,9 @@ def settle_plan(
     """Write the plan; where one is there already, that one holds."""
     plan = Plan(
         training_id=training,
-        micro_batch_tokens=settings.micro_batch_tokens
-        or MICRO_BATCH_TOKENS["cpu" if here.device == "cpu" else "cuda"],
-        environment=here,
+        micro_batch_tokens=suited.micro_batch_tokens,
+        activation_bytes=suited.activation_bytes,
+        environment=here.model_copy(update={"dtype": suited.dtype}),
         layers_kept=layers_kept,
         block_influence=block_influence,
         started_at=datetime.now(UTC).isoformat(),

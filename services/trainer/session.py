@@ -3,6 +3,7 @@ the spec at step 0, or opened from HEAD."""
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from services.trainer import checkpoint, plan, student
+from services.trainer import checkpoint, plan, probe, student
+from services.trainer.fetching import Fetching
 from services.trainer.hold import Hold
 from services.trainer.optim import Optimizer
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import MissingObject, PermanentError
 from stillhouse.chassis.logs import logger
+from stillhouse.chassis.references import sources_of
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.chat import ChatTokenizer, Message
@@ -41,6 +44,8 @@ class Session:
     saved_step: int
     bitwise: bool
     loss: float | None = None
+    # The teacher's weights, where the loss compares whole distributions.
+    teacher: Any = None
 
     @property
     def saved(self) -> bool:
@@ -53,7 +58,13 @@ def prepare(hold: Hold) -> Session:
     tools, store, spec = hold.tools, hold.tools.store, hold.resolved.spec.student
     chat = store.get_model(hold.resolved.tokenizer, ChatTokenizer)
     scratch = tools.scratch / "reference"
-    model = student.open_reference(spec.weights, tools.settings.roots, scratch).to(tools.device)
+    model = student.open_reference(
+        spec.weights,
+        sources_of(tools.settings),
+        scratch,
+        pin=hold.resolved.pinned.get(spec.weights),
+        watching=Fetching(hold),
+    ).to(tools.device)
     if student.vocabulary(model) < chat.vocabulary:
         raise PermanentError(
             f"the student knows {student.vocabulary(model)} tokens and the teacher's tokenizer "
@@ -72,7 +83,13 @@ def prepare(hold: Hold) -> Session:
             store,
             hold.tenant,
             hold.training,
-            settings=tools.settings,
+            suited=probe.suited(
+                model,
+                spec.layers or len(student.decoder_layers(model)),
+                tools.device,
+                tools.settings,
+                tools.here,
+            ),
             here=tools.here,
             layers_kept=keep,
             block_influence=influence,
@@ -80,7 +97,13 @@ def prepare(hold: Hold) -> Session:
     crash_point("trainer.planned")
     if settled.layers_kept is not None:
         student.prune(model, settled.layers_kept)
-    log.info("student prepared", seconds=round(time.monotonic() - started, 1))
+    log.info(
+        "student prepared",
+        seconds=round(time.monotonic() - started, 1),
+        dtype=settled.environment.dtype,
+        matrices=settled.environment.matrices,
+        micro_batch_tokens=settled.micro_batch_tokens,
+    )
     return Session(
         training_id=hold.training,
         plan=settled,
@@ -90,7 +113,25 @@ def prepare(hold: Hold) -> Session:
         ref=None,
         saved_step=-1,
         bitwise=settled.environment == plan.as_planned(tools.here, settled),
+        teacher=_teacher(hold, model),
     )
+
+
+def _teacher(hold: Hold, model: Any) -> Any:
+    if hold.resolved.spec.training.distribution == "stored":
+        return None
+    reference = hold.resolved.reference
+    assert reference is not None, "the spec requires it"
+    tools = hold.tools
+    teacher = student.open_teacher(
+        reference,
+        sources_of(tools.settings),
+        tools.scratch / "teacher",
+        model,
+        pin=hold.resolved.pinned.get(reference),
+        watching=Fetching(hold),
+    )
+    return teacher.to(tools.device)
 
 
 def _calibration(hold: Hold, chat: ChatTokenizer) -> list[list[int]]:
@@ -103,9 +144,10 @@ def _calibration(hold: Hold, chat: ChatTokenizer) -> list[list[int]]:
         stored = hold.tools.store.read(key)
         if stored is None:
             raise MissingObject(f"{key} is part of every accepted pipeline, and is missing")
-        table = pq.read_table(pa.BufferReader(stored.data), columns=["messages"])
-        for text in table.column("messages").to_pylist():
-            ids = chat.encode_prompt(_MESSAGES.validate_json(text))[:left]
+        table = pq.read_table(pa.BufferReader(stored.data), columns=["messages", "tools"])
+        for row in table.to_pylist():
+            tools = json.loads(row["tools"]) if row["tools"] else None
+            ids = chat.encode_prompt(_MESSAGES.validate_json(row["messages"]), tools)[:left]
             if ids not in found:  # samples of one prompt lie in different batches
                 found.append(ids)
                 left -= len(ids)
@@ -157,6 +199,7 @@ def resume(hold: Hold) -> Session:
             bitwise=found.manifest.bitwise
             and settled.environment == plan.as_planned(tools.here, settled),
             loss=found.manifest.loss,
+            teacher=_teacher(hold, model),
         )
     raise _unreadable(head.manifest)
 

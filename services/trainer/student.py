@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from services.trainer import attention
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.model_folder import (
     ARCHITECTURES,
     CONFIG_FIELDS,
-    resolve_reference,
     stage,
 )
+from stillhouse.chassis.model_opening import open_model
+from stillhouse.chassis.references import Sources, opened
 
 WEIGHTS_UNREADABLE = "weights_unreadable"
 STUDENT_REFUSED = "student_refused"
@@ -36,15 +41,23 @@ STUDENT_REFUSED = "student_refused"
 CALIBRATION_TOKENS = 1024
 
 
-def open_reference(reference: str, roots: Sequence[Path], scratch: Path) -> nn.Module:
+def open_reference(
+    reference: str,
+    sources: Sources,
+    scratch: Path,
+    *,
+    pin: str | None = None,
+    watching: Callable[[int, int], None] = lambda _done, _total: None,
+) -> nn.Module:
     """Open weights that a spec names. `scratch` takes a folder with the checked config beside
-    links to the tensors. Raises PermanentError where they are refused or do not load."""
-    folder = resolve_reference(reference, roots)
-    try:
-        stage(folder, scratch)
-        return open_folder(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    links to the tensors; `watching` is told how far they are fetched. Raises PermanentError where
+    they are refused or do not load."""
+    with opened(reference, sources, pin=pin, watching=watching) as folder:
+        try:
+            stage(folder, scratch)
+            return open_folder(scratch)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def open_folder(folder: Path) -> nn.Module:
@@ -53,31 +66,7 @@ def open_folder(folder: Path) -> nn.Module:
     Raises PermanentError where config and tensors do not fit each other exactly: a tensor that is
     missing would be random.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # what a damaged file raises is not documented
-        raise PermanentError(
-            f"{folder} does not load as a model: {error}", reason=WEIGHTS_UNREADABLE
-        ) from error
-    wrong = {name: sorted(map(str, keys)) for name, keys in found.items() if keys}
-    if wrong:
-        raise PermanentError(
-            f"{folder}: weights and config.json do not fit each other: {str(wrong)[:500]}",
-            reason=WEIGHTS_UNREADABLE,
-        )
+    model = open_model(folder, reason=WEIGHTS_UNREADABLE)
     if type(model).__name__ not in ARCHITECTURES or output_layer(model).bias is not None:
         raise PermanentError(
             f"expected a model of {', '.join(ARCHITECTURES)} whose output layer has no bias, found "
@@ -85,11 +74,37 @@ def open_folder(folder: Path) -> nn.Module:
             reason=STUDENT_REFUSED,
         )
     model.config.use_cache = False
+    attention.install(model)
     for parameter in model.parameters():
         # What was mapped from a file becomes memory of our own, which training overwrites.
         parameter.data = parameter.data.clone()
     # Dropout is off: its randomness would have to be stored to resume.
     return model.eval().requires_grad_(True)
+
+
+def open_teacher(
+    reference: str,
+    sources: Sources,
+    scratch: Path,
+    student: nn.Module,
+    *,
+    pin: str | None = None,
+    watching: Callable[[int, int], None] = lambda _done, _total: None,
+) -> nn.Module:
+    """Open the teacher's weights for losses over its whole distribution: nothing of it learns.
+
+    Raises PermanentError where its vocabulary is another one than the student's.
+    """
+    teacher = open_reference(reference, sources, scratch, pin=pin, watching=watching)
+    teacher.requires_grad_(False)
+    if vocabulary(teacher) != vocabulary(student):
+        raise PermanentError(
+            f"the teacher {reference} has a vocabulary of {vocabulary(teacher)} and the student "
+            f"{vocabulary(student)}: `training.distribution: weights` compares them id by id; "
+            "take a student of the teacher's family, or `distribution: stored`",
+            reason=STUDENT_REFUSED,
+        )
+    return teacher
 
 
 def output_layer(model: nn.Module) -> Any:
@@ -102,6 +117,27 @@ def vocabulary(model: nn.Module) -> int:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return model.model.layers
+
+
+@contextmanager
+def computed_twice(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within, the layers keep their inputs alone and are computed again in the backward pass:
+    less memory, about a third more work, the same bits."""
+    if not wanted:
+        yield
+        return
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )
+        # Of the layer alone, not of what it holds: dropout stays off.
+        layer.gradient_checkpointing = layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

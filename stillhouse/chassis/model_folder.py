@@ -9,13 +9,13 @@ at acceptance what trainer and evaluator open later.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.origins import CONFIG, INDEX
 from stillhouse.contracts.spec import file_path
 
 # Decoders whose layers stand in `model.model.layers`, with the `model_type` of their config.
@@ -35,7 +35,7 @@ _LIMITS = {
     "num_hidden_layers": 1000,
     "num_attention_heads": 1024,
 }
-_MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 64 << 20
 
 # All that the config classes of these architectures read. Other fields are left out before
 # transformers sees the config: some name code or kernels to fetch.
@@ -74,7 +74,6 @@ CONFIG_FIELDS = frozenset(
         "vocab_size",
     }
 )
-_INDEX = "model.safetensors.index.json"
 
 FOLDER_REFUSED = "model_folder_refused"
 FOLDER_MISSING = "model_folder_missing"
@@ -82,22 +81,12 @@ CONFIG_REFUSED = "model_config_refused"
 WEIGHTS_REFUSED = "model_weights_refused"
 
 
-def parse_roots(value: str) -> tuple[Path, ...]:
-    """Read a setting such as `TRAINER_FILE_ROOTS`: folders parted by `os.pathsep`."""
-    return tuple(Path(part) for part in value.split(os.pathsep) if part)
-
-
-def resolve_reference(reference: str, file_roots: Sequence[Path]) -> Path:
+def resolve_folder(reference: str, file_roots: Sequence[Path]) -> Path:
     """Return the folder of a `file:` reference, with all links followed.
 
     Raises PermanentError where it is not an existing folder below one of `file_roots`, or where
     one of its entries is a link that leads out of them.
     """
-    if not reference.startswith("file:"):
-        raise PermanentError(
-            f"expected a reference that starts with file:, found {reference!r}",
-            reason=FOLDER_REFUSED,
-        )
     path = Path(file_path(reference))
     roots = [root.resolve() for root in file_roots]
     folder = path.resolve()
@@ -128,9 +117,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read one of the folder's JSON files. Raises PermanentError that names it."""
     path = folder / name
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise PermanentError(
-                f"{path} has over {_MAX_JSON_BYTES} bytes: that is no {name}",
+                f"{path} has over {MAX_JSON_BYTES} bytes: that is no {name}",
                 reason=CONFIG_REFUSED,
             )
         value = json.loads(path.read_text("utf-8"))
@@ -193,7 +182,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def check_model_folder(folder: Path) -> dict[str, Any]:
     """Return the config of a folder that may be loaded: safetensors, a known architecture."""
-    config = read_json(folder, "config.json")
+    config = read_json(folder, CONFIG)
     check_config(config)
     weight_files(folder)
     return config
@@ -209,18 +198,18 @@ def stage(folder: Path, scratch: Path) -> None:
     (scratch / "config.json").write_text(json.dumps(known))
     for path in weight_files(folder):
         (scratch / path.name).symlink_to(path.resolve())
-    if (folder / _INDEX).exists():
-        (scratch / _INDEX).write_text(json.dumps(_checked_index(folder)))
+    if (folder / INDEX).exists():
+        (scratch / INDEX).write_text(json.dumps(checked_index(folder)))
 
 
-def _checked_index(folder: Path) -> dict[str, Any]:
-    """An index may name files of its own folder only."""
-    index = read_json(folder, _INDEX)
+def checked_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a folder, which may name files of that folder only."""
+    index = read_json(folder, INDEX)
     named = index.get("weight_map")
     files = set(map(str, named.values())) if isinstance(named, dict) else {""}
     if wrong := sorted(name for name in files if not name or Path(name).name != name):
         raise PermanentError(
-            f"{folder / _INDEX} names {wrong[:3]}: expected files beside it",
+            f"{folder / INDEX} names {wrong[:3]}: expected files beside it",
             reason=WEIGHTS_REFUSED,
         )
     return index

@@ -10,9 +10,17 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from stillhouse.chassis.errors import PermanentError
 
@@ -40,6 +48,56 @@ class ServiceSettings(BaseModel):
     work_dir: Path = Field(
         Path(tempfile.gettempdir()), description="scratch folder; may be lost at any time"
     )
+
+
+def split_paths(value: object) -> object:
+    """Read folders parted by the path separator, as in PATH."""
+    return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+
+
+def split_words(value: object) -> object:
+    """Read words parted by commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class ReferenceSettings(ServiceSettings):
+    """What a service needs that opens weights which a spec names (`chassis.references`)."""
+
+    file_roots: Annotated[tuple[Path, ...], BeforeValidator(split_paths)] = Field(
+        (), description="folders below which `file:` references are opened, by the path separator"
+    )
+    s3_buckets: Annotated[tuple[str, ...], BeforeValidator(split_words)] = Field(
+        (), description="buckets that `s3:` references may name, by commas; read with our own keys"
+    )
+    allow_hub: bool | None = Field(
+        None, description="whether `hf:` references are fetched; unset: when embedded"
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="where fetched weights are kept; unset: `models` in the scratch folder. "
+        "Services of one user on one machine may share it",
+    )
+    cache_gib: int = Field(
+        100, ge=1, description="most that it holds; what was not opened for longest goes first"
+    )
+
+    @model_validator(mode="after")
+    def _check_references(self) -> ReferenceSettings:
+        for root in self.file_roots:
+            if not root.is_absolute():
+                raise ValueError(f"file_roots: expected absolute folders, found {str(root)!r}")
+        if self.store_bucket in self.s3_buckets:
+            raise ValueError(
+                f"s3_buckets: {self.store_bucket} is the bucket of all objects, in which every "
+                "tenant's data lies: put weights and prompts into another one"
+            )
+        return self
+
+    @property
+    def hub_allowed(self) -> bool:
+        return self.profile == "embedded" if self.allow_hub is None else self.allow_hub
 
 
 S = TypeVar("S", bound=ServiceSettings)

@@ -59,6 +59,15 @@ class Stored:
     age_seconds: float
 
 
+@dataclass(frozen=True)
+class Listed:
+    """An object as a listing names it."""
+
+    key: str
+    size: int
+    etag: str
+
+
 class ObjectStore:
     """One bucket. Safe to share between threads; make a new one after a fork."""
 
@@ -146,18 +155,25 @@ class ObjectStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def chunks(self, key: str, start: int = 0) -> Iterator[bytes] | None:
+    def chunks(
+        self, key: str, start: int = 0, *, etag: str | None = None
+    ) -> Iterator[bytes] | None:
         """Stream an object from a byte on, unchecked: the caller compares size and digest.
 
-        None when absent; it is opened before this returns.
+        None when absent; it is opened before this returns. Raises Conflict where it has another
+        ETag than the one that is asked for.
         """
         wanted = {"Range": f"bytes={start}-"} if start else {}
+        if etag is not None:
+            wanted["IfMatch"] = etag
         with _translated(key):
             try:
                 body = self._client.get_object(Bucket=self.bucket, Key=key, **wanted)["Body"]
             except ClientError as error:
                 if _code(error) in _ABSENT:
                     return None
+                if etag is not None and _code(error) in _LOST:
+                    raise Conflict(key) from error
                 raise
 
         def read() -> Iterator[bytes]:
@@ -205,6 +221,15 @@ class ObjectStore:
             for page in pages.paginate(Bucket=self.bucket, Prefix=prefix):
                 for entry in page.get("Contents", []):
                     yield entry["Key"]
+
+    def listed(self, folder: str) -> Iterator[Listed]:
+        """Name what lies directly in a folder (a prefix that ends in a slash). For what others
+        put there; our own correctness never lists."""
+        with _translated(folder):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=folder, Delimiter="/"):
+                for entry in page.get("Contents", []):
+                    yield Listed(entry["Key"], int(entry["Size"]), str(entry["ETag"]))
 
     def folders(self, prefix: str) -> Iterator[str]:
         """List what keys below a prefix begin with, up to the next slash and with it. For metrics
@@ -345,11 +370,11 @@ class ObjectStore:
             )
 
 
-def open_store(settings: ServiceSettings, **options: Any) -> ObjectStore:
-    """Build the store that the settings name."""
+def open_store(settings: ServiceSettings, bucket: str | None = None, **options: Any) -> ObjectStore:
+    """Build the store that the settings name, or another bucket at the same place."""
     access, secret = settings.store_access_key, settings.store_secret_key
     return ObjectStore(
-        bucket=settings.store_bucket,
+        bucket=bucket or settings.store_bucket,
         endpoint_url=settings.store_endpoint_url,
         access_key=access.get_secret_value() if access else None,
         secret_key=secret.get_secret_value() if secret else None,

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,11 @@ ENDED = ("released", "withheld", "failed", "cancelled")
 _CHUNK = 1 << 20
 _BUSY = (429, 502, 503, 504)
 _PAGE = 200
+_PAUSE = 0.25
+# Two minutes of beginning to ask, and the longest call.
+_PROBE_TIMEOUT = httpx.Timeout(780.0, connect=5.0)
+# The server says something every 15 seconds.
+_STREAM_TIMEOUT = httpx.Timeout(45.0, connect=5.0)
 
 
 class StillhouseClientError(Exception):
@@ -109,10 +115,12 @@ class Client:
     # Pipelines
 
     def check(self, spec: Mapping[str, Any], *, probe: bool = False) -> Json:
-        """Have a spec checked without creating anything; with `probe` its teacher answers (and
-        bills) one short question."""
-        query = {"check": "true"} | ({"probe": "true"} if probe else {})
-        return self._json("POST", "/v1/pipelines", params=query, json=spec)
+        """Have a spec checked without creating anything; with `probe` its teachers answer (and
+        bill) a handful of questions, which takes minutes where they are slow."""
+        if not probe:
+            return self._json("POST", "/v1/pipelines", params={"check": "true"}, json=spec)
+        query = {"check": "true", "probe": "true"}
+        return self._json("POST", "/v1/pipelines", params=query, json=spec, timeout=_PROBE_TIMEOUT)
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Json:
         """Create a pipeline. The same spec gives the same pipeline again unless another
@@ -137,22 +145,53 @@ class Client:
         pipeline_id: str,
         *,
         timeout_seconds: float | None = None,
-        poll_seconds: float = 1.0,
         seen: Callable[[Json], None] = lambda _: None,
     ) -> Json:
-        """Return the pipeline once it has ended; `seen` gets each state on the way. Raises
-        TimeoutError."""
-        end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while True:
-            pipeline = self.status(pipeline_id)
-            seen(pipeline)
+        """Return the pipeline once it has ended; `seen` gets it after each event on the way.
+
+        It follows the stream of events. Raises TimeoutError, which a silent stream notices within
+        15 seconds.
+        """
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+        def look() -> Json:
+            found = self.status(pipeline_id)
+            seen(found)
+            if found["state"] not in ENDED and time.monotonic() >= end:
+                raise TimeoutError(
+                    f"{pipeline_id} is still {found['state']} after {timeout_seconds:g} s"
+                )
+            return found
+
+        pipeline = look()
+        if pipeline["state"] in ENDED:
+            return pipeline
+        for event in self._messages(pipeline_id, pipeline["last_event"]):
+            # What no event tells, such as a teacher that is away, is looked at when the stream
+            # says that there is nothing new.
+            if event is None or event["sequence"] > pipeline["last_event"]:
+                pipeline = look()
             if pipeline["state"] in ENDED:
                 return pipeline
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError(
-                    f"{pipeline_id} is still {pipeline['state']} after {timeout_seconds:g} s"
-                )
-            time.sleep(poll_seconds)
+        return look()
+
+    # Live traffic
+
+    def put_teacher(self, name: str, teacher: Mapping[str, Any]) -> Json:
+        """Register a teacher for live traffic, or replace it; return it with verdict and money."""
+        return self._json("PUT", _teacher_path(name), json=teacher)
+
+    def teachers(self) -> list[Json]:
+        """Return the registered teachers by name."""
+        return list(self._json("GET", "/v1/teachers")["items"])
+
+    def remove_teacher(self, name: str) -> None:
+        """Take no more calls for a teacher; what was recorded and paid stays."""
+        self._request("DELETE", _teacher_path(name))
+
+    def captured(self) -> Json:
+        """Return what was recorded: totals, tags, the last failures."""
+        return self._json("GET", "/v1/captured")
 
     # What a pipeline left behind
 
@@ -161,6 +200,11 @@ class Client:
     ) -> Iterator[Json]:
         """Yield the stored events with a sequence above `after`, in order."""
         return self._pages(f"{_path(pipeline_id)}/events", {"after": after}, limit)
+
+    def follow(self, pipeline_id: str, *, after: int = 0) -> Iterator[Json]:
+        """Yield the events with a sequence above `after` as they are recorded, each once, until
+        the pipeline has ended; a connection that breaks is made again."""
+        return (event for event in self._messages(pipeline_id, after) if event is not None)
 
     def rejections(
         self, pipeline_id: str, *, reason: str | None = None, limit: int | None = None
@@ -272,6 +316,65 @@ class Client:
             "again; if it stays so, the object in the store is damaged"
         )
 
+    # The stream of events
+
+    def _messages(self, pipeline_id: str, after: int) -> Iterator[Json | None]:
+        """Yield events, and None where the stream says that there is nothing new."""
+        url = f"{_path(pipeline_id)}/events/stream"
+        failing_since: float | None = None
+        delay = _PAUSE
+        while True:
+            try:
+                with self._http.stream(
+                    "GET", url, headers={"Last-Event-ID": str(after)}, timeout=_STREAM_TIMEOUT
+                ) as answer:
+                    if answer.status_code == 204:
+                        return
+                    if answer.status_code >= 400:
+                        answer.read()
+                        raise _api_error(answer)
+                    for event in self._read_stream(answer):
+                        failing_since, delay = None, _PAUSE
+                        if event is None:
+                            yield None
+                        elif event["sequence"] > after:
+                            after = event["sequence"]
+                            yield event
+            except (httpx.TransportError, StillhouseApiError) as error:
+                if isinstance(error, StillhouseApiError) and error.status not in _BUSY:
+                    raise
+                now = time.monotonic()
+                failing_since = now if failing_since is None else failing_since
+                if now + delay > failing_since + self.patience_seconds:
+                    if isinstance(error, httpx.TransportError):
+                        raise self._unreachable(error) from error
+                    raise
+            # It may end at any time, with its server or in between: what comes next says.
+            time.sleep(delay)
+            delay = min(delay * 2, 5.0)
+
+    def _read_stream(self, answer: httpx.Response) -> Iterator[Json | None]:
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+            raise self._no_gateway("no stream of events")
+        # By line ends alone: JSON may hold characters that count as line ends elsewhere.
+        rest, data = b"", b""
+        for chunk in answer.iter_bytes():
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > _CHUNK:
+                raise self._no_gateway("a line without an end")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    data = line.removeprefix(b"data:")
+                elif line.startswith(b":"):
+                    yield None
+                elif data and not line.strip():
+                    try:
+                        event = json.loads(data)
+                    except ValueError:
+                        raise self._no_gateway("an event that is no JSON") from None
+                    yield event
+                    data = b""
+
     # One request
 
     @contextlib.contextmanager
@@ -292,11 +395,14 @@ class Client:
         except ValueError:
             value = None
         if not isinstance(value, dict):
-            raise StillhouseUnreachableError(
-                f"what answers at {self.base_url} is no Stillhouse (it sent no JSON object): "
-                "check STILLHOUSE_URL"
-            )
+            raise self._no_gateway("no JSON object")
         return value
+
+    def _no_gateway(self, sent: str) -> StillhouseUnreachableError:
+        return StillhouseUnreachableError(
+            f"what answers at {self.base_url} is no Stillhouse (it sent {sent}): check "
+            "STILLHOUSE_URL"
+        )
 
     def _pages(self, url: str, query: Mapping[str, Any], limit: int | None) -> Iterator[Json]:
         """Yield the items of all pages, at most `limit`."""
@@ -317,7 +423,7 @@ class Client:
         """Send a request; again while patience lasts when nobody answered or all were busy."""
         body = request.pop("content", None)
         end = time.monotonic() + self.patience_seconds
-        delay = 0.25
+        delay = _PAUSE
         while True:
             again = {} if body is None else {"content": body()}
             try:
@@ -359,6 +465,10 @@ def new_key() -> str:
 
 def _path(pipeline_id: str) -> str:
     return f"/v1/pipelines/{quote(pipeline_id, safe='')}"
+
+
+def _teacher_path(name: str) -> str:
+    return f"/v1/teachers/{quote(name, safe='')}"
 
 
 def _files_of(student: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -1,5 +1,5 @@
 """The command line: `stillhouse init check submit status events samples rejections report pull
-cancel up`.
+cancel teachers up`.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage. With --json standard output carries JSON and
 nothing else, on an error an object with `error` and what the gateway answered. Else an error is one
@@ -81,14 +81,16 @@ def init(
 def check(
     spec: SpecFile,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Ask the teacher one short question, which it bills.")
+        bool,
+        typer.Option("--probe", help="Ask each teacher a handful of questions, which it bills."),
     ] = False,
     url: Url = None,
     key: Key = None,
     root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
-    """Have a spec checked: fields, terms, tokenizers. Nothing is created."""
+    """Have a spec checked: fields, terms, tokenizers; with --probe the teachers too, and what the
+    pipeline would cost. Nothing is created."""
     document = specs.load(spec)
     screen = Screen(as_json=as_json)
     with connect(url, key, root) as client:
@@ -98,6 +100,11 @@ def check(
         return
     for line in views.check_lines(found):
         screen.line(line)
+    if found.get("preflight") is not None:
+        screen.line()
+        screen.table(views.findings_table(found["preflight"]))
+        for line in views.advice_lines(found["preflight"]):
+            screen.line(line)
 
 
 @app.command()
@@ -182,7 +189,7 @@ def events(
     patience = WATCH_PATIENCE_SECONDS if follow else 0.0
     with connect(url, key, root, patience_seconds=patience) as client:
         found = (
-            watch.events(client, pipeline_id, after=after)
+            client.follow(pipeline_id, after=after)
             if follow
             else client.events(pipeline_id, after=after, limit=limit)
         )
@@ -301,6 +308,74 @@ def cancel(
         )
 
 
+teachers = typer.Typer(
+    name="teachers",
+    help="Teachers for live traffic: `model` of OpenAI's API is the name of one.",
+    no_args_is_help=True,
+)
+app.add_typer(teachers)
+
+
+@teachers.command("add")
+def add_teacher(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The teacher: YAML or JSON.")],
+    url: Url = None,
+    key: Key = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Register a teacher, or replace the one of the same name."""
+    document = specs.load(file)
+    name = document.get("name")
+    if not isinstance(name, str):
+        raise Refused(f"{file} has no `name`: callers give it as `model`")
+    screen = Screen(as_json=as_json)
+    with connect(url, key, root) as client:
+        found = client.put_teacher(name, document)
+        base_url = client.base_url
+    if as_json:
+        screen.data(found)
+        return
+    screen.line(f"{name} is registered under {found['verdict']['terms']}")
+    for duty in found["verdict"]["duties"]:
+        screen.line(f"  duty: {duty}")
+    screen.progress(f"call it with base_url={base_url}/v1, a Stillhouse key and model={name}")
+
+
+@teachers.command("list")
+def list_teachers(
+    url: Url = None, key: Key = None, root: Root = DEFAULT_ROOT, as_json: AsJson = False
+) -> None:
+    """Show the registered teachers with their money."""
+    screen = Screen(as_json=as_json)
+    with connect(url, key, root) as client:
+        found = client.teachers()
+    if as_json:
+        screen.data(found)
+    elif found:
+        screen.table(views.teachers_table(found))
+    else:
+        screen.line("no teachers yet: `stillhouse teachers add FILE` registers one")
+
+
+@teachers.command("remove")
+def remove_teacher(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The teacher's name.")],
+    url: Url = None,
+    key: Key = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Take no more calls for a teacher; what was recorded and paid stays."""
+    screen = Screen(as_json=as_json)
+    with connect(url, key, root) as client:
+        client.remove_teacher(name)
+    if as_json:
+        screen.data({"removed": name})
+    else:
+        screen.line(f"{name} is removed; what it answered is still in `captured`")
+
+
 @app.command()
 def up(
     root: Root = DEFAULT_ROOT,
@@ -342,6 +417,8 @@ class Refused(Exception):
 def show_report(screen: Screen, found: Json) -> None:
     """The table of figures, then answers side by side."""
     screen.table(views.figures_table(found))
+    for name, why in sorted((found.get("unmeasured") or {}).items()):
+        screen.line(f"{name} was not measured: {why}")
     if found.get("samples"):
         screen.line()
         screen.table(views.answers_table(found))

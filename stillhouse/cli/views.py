@@ -38,6 +38,22 @@ def pipelines_table(pipelines: Iterable[Json]) -> Table:
     return Table("", headings, rows, numbers=(3, 4))
 
 
+def teachers_table(teachers: Iterable[Json]) -> Table:
+    rows = [
+        (
+            t["name"],
+            t["model"],
+            t["url"],
+            t["terms"],
+            usd(t["cost"]["spent_usd"]),
+            usd(t["cost"]["budget_usd"]),
+        )
+        for t in teachers
+    ]
+    headings = ("teacher", "model", "address", "terms", "spent", "budget")
+    return Table("", headings, rows, numbers=(4, 5))
+
+
 def state_of(pipeline: Json) -> str:
     """The state, and what it will end as where that is settled."""
     ends = f", will be {pipeline['stopping']}" if pipeline["stopping"] else ""
@@ -216,9 +232,28 @@ def check_lines(found: Json) -> list[str]:
         f"{usd(found['budget_usd'])}), about {found['prompt_tokens']} prompt tokens",
     ]
     if found["probe_usd"] is not None:
-        lines.append(f"the teacher answered as the spec asks, for {usd(found['probe_usd'])}")
+        lines.append(f"asking the teachers cost {usd(found['probe_usd'])}")
     else:
-        lines.append("the teacher was not asked: `--probe` asks it one short question")
+        lines.append("the teachers were not asked: `--probe` asks each a handful of questions")
     if found["worst_case_usd"] > found["budget_usd"]:
         lines.append("the budget may end before the prompts do: what is left is then rejected")
+    return lines
+
+
+def findings_table(preflight: Json) -> Table:
+    """What a preflight found out, a line a thing."""
+    rows = [
+        (f["teacher"] or NONE, f["topic"].replace("_", " "), f["value"], f["verdict"])
+        for f in preflight["findings"]
+    ]
+    return Table("", ("teacher", "finding", "value", "verdict"), rows)
+
+
+def advice_lines(preflight: Json) -> list[str]:
+    """What to change, or to know, where a finding is not simply good."""
+    lines = []
+    for finding in preflight["findings"]:
+        if finding["message"]:
+            place = f"`{finding['field']}`: " if finding["field"] else ""
+            lines.append(f"{finding['verdict']}: {place}{finding['message']}")
     return lines

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from stillhouse.cli import views
-from stillhouse.cli.client import ENDED, Client, Json
+from stillhouse.cli.client import Client, Json
 from stillhouse.cli.screen import Screen
 from stillhouse.contracts.events import STAGES
-
-POLL_SECONDS = 1.0
 
 
 def pipeline(
@@ -28,9 +26,7 @@ def pipeline(
     look = _lines(screen, time.monotonic() if began is None else began)
 
     def wait(seen: Callable[[Json], None]) -> Json:
-        return client.wait(
-            pipeline_id, timeout_seconds=timeout_seconds, poll_seconds=POLL_SECONDS, seen=seen
-        )
+        return client.wait(pipeline_id, timeout_seconds=timeout_seconds, seen=seen)
 
     if screen.live:
         with screen.showing() as show:
@@ -54,19 +50,6 @@ def _lines(screen: Screen, began: float) -> Callable[[Json], None]:
             before[stage] = line
 
     return look
-
-
-def events(client: Client, pipeline_id: str, *, after: int = 0) -> Iterator[Json]:
-    """Yield stored events as they come, until the pipeline has ended."""
-    while True:
-        # Looked at before the events: what comes between the two is then still yielded.
-        ended = client.status(pipeline_id)["state"] in ENDED
-        for event in client.events(pipeline_id, after=after):
-            after = event["sequence"]
-            yield event
-        if ended:
-            return
-        time.sleep(POLL_SECONDS)
 
 
 def fetching(screen: Screen) -> Callable[[str, int, int], None]:

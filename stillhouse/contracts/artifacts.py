@@ -110,6 +110,14 @@ def responses_manifest_key(tenant: str, pipeline: str, batch: int, attempt: int)
     return f"{prefix}/attempt-{_number(attempt, 4)}/manifest.json"
 
 
+# Captured traffic
+
+
+def captured_key(tenant: str, teacher: str, captured: str) -> str:
+    """A batch of recorded exchanges with a registered teacher: JSON lines, gzipped."""
+    return f"tenants/{_id(tenant)}/captured/{_id(teacher)}/{_id(captured)}.jsonl.gz"
+
+
 # Datasets
 
 

@@ -9,16 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stillhouse.contracts.artifacts import Id, ObjectRef
 from stillhouse.contracts.canonical import derived_id
-from stillhouse.contracts.chat import Message
+from stillhouse.contracts.chat import Message, Tools
 from stillhouse.contracts.events import Split
 
-# One row an item; `prompts/batch-N.parquet`. `messages` is the JSON of a list of Message.
+# One row an item; `prompts/batch-N.parquet`. `messages` is the JSON of a list of Message, `tools`
+# that of the functions offered, `answer` a chat completion that the user gave along; null where
+# there is none.
 PROMPT_SCHEMA = pa.schema(
     [
         ("item_id", pa.string()),
         ("prompt_id", pa.string()),
         ("sample", pa.int32()),
         ("messages", pa.string()),
+        ("tools", pa.string()),
+        ("answer", pa.string()),
         ("prompt_sha256", pa.string()),
     ]
 )
@@ -45,10 +49,13 @@ class Item(Record):
     sample: int = Field(ge=0)
     messages: list[Message]
     prompt_sha256: str
+    tools: Tools | None = None
+    answer: str | None = Field(None, description="a chat completion that the user gave along")
 
 
 class Answer(Record):
-    """One line of a part: a teacher's answer as it came. `body` is the response's JSON text."""
+    """One line of a part: a teacher's answer. `body` is the JSON text of an OpenAI chat completion,
+    as it came; routes of another form are brought into this one by their adapter."""
 
     item_id: Id
     body: str
@@ -56,6 +63,7 @@ class Answer(Record):
     completion_tokens: int = Field(ge=0)
     cost_microusd: int = Field(ge=0)
     received_at: str
+    cached: bool = Field(False, description="given before to the same question, and free")
 
 
 class Rejection(Record):

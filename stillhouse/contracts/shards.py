@@ -21,7 +21,8 @@ METADATA_KEY = b"stillhouse"
 # input_ids = rendered prompt ids + answer ids (+ the end-of-turn id where the answer stopped).
 # Positions prompt_tokens .. len(input_ids) - 1 are supervised: position t is predicted from the
 # ids before it. The signal has one entry for each supervised position; its bytes are those of
-# `signals.StoredTopK` and null where the row is `text` only.
+# `signals.StoredTopK` and null where the row is `text` only. `reasoning` is what the teacher
+# thought apart from its answer; nothing is trained on it.
 SHARD_SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
@@ -30,6 +31,8 @@ SHARD_SCHEMA = pa.schema(
         ("teacher", pa.string()),
         ("messages", pa.string()),
         ("answer", pa.string()),
+        ("reasoning", pa.string()),
+        ("tools", pa.string()),
         ("finish_reason", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("prompt_tokens", pa.int32()),
@@ -60,7 +63,7 @@ class ShardHeader(Record):
     verdict_id: Id
     tokenizer_sha256: Sha256
     template_sha256: Sha256
-    signal: Literal["text", "topk"]
+    signal: Literal["text", "topk", "counts"]
     slots: int
     support: str = Field(description="which outcomes are kept, in words")
     vocabulary: int

@@ -1,4 +1,4 @@
-"""How a teacher's log-probabilities are stored: a top-k list with a tail, a few bytes an outcome.
+"""How a teacher's distribution is stored: a top-k list with a tail, or counts of sampled ids.
 
 A `topk` signal keeps, for each supervised position, some outcomes (ids with log-probabilities)
 and the mass of all the others, the tail. Stored are
@@ -10,6 +10,11 @@ and the mass of all the others, the tail. Stored are
 The decoder renormalises to a sum of one with every outcome above zero. About 75 bytes a position
 at k = 20 + 1 outcomes. The arrays of one row are bytes, little-endian, C order:
 ids [T, S], first [T], rest [T, S - 1], tail [T], with T positions and S slots.
+
+A `counts` signal keeps ids drawn from the teacher's whole distribution, with replacement, and how
+often each came (RS-KD, Anshumann et al., ACL 2025): the target counts / draws is unbiased, which
+holds for forward KL alone. Ids as above, and in `rest` uint8 [T, S] the counts, 0 where a slot is
+empty; `first` and `tail` are empty. Decoded it is a TopK whose tail holds nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +62,45 @@ class StoredTopK:
     rest: bytes
     tail: bytes
 
+    @property
+    def drawn(self) -> bool:
+        """Whether it holds counts of drawn ids."""
+        return not self.first and bool(self.rest)
+
+
+MAX_DRAWS = 255
+
+
+def encode_counts(positions: list[dict[int, int]]) -> StoredTopK:
+    """Store `{id: count}` for each position, the most frequent first.
+
+    Raises ValueError for a position without a draw, or with counts over MAX_DRAWS.
+    """
+    slots = max((len(drawn) for drawn in positions), default=1)
+    ids = np.zeros((len(positions), slots), np.int64)
+    counts = np.zeros((len(positions), slots), np.int64)
+    for t, drawn in enumerate(positions):
+        ordered = sorted(drawn.items(), key=lambda pair: (-pair[1], pair[0]))
+        if not ordered or ordered[-1][1] < 1 or ordered[0][1] > MAX_DRAWS:
+            raise ValueError(f"position {t}: expected counts of 1 to {MAX_DRAWS}, found {drawn}")
+        ids[t, : len(ordered)] = [i for i, _ in ordered]
+        counts[t, : len(ordered)] = [count for _, count in ordered]
+    return StoredTopK(slots, _packed(ids), b"", counts.astype(np.uint8).tobytes(), b"")
+
+
+def _decode_counts(stored: StoredTopK) -> TopK:
+    counts = np.frombuffer(stored.rest, np.uint8)
+    if stored.slots < 1 or len(counts) % stored.slots:
+        raise ValueError(f"stored counts do not fit themselves: {stored.slots} slots")
+    counts = counts.reshape(-1, stored.slots)
+    ids = _unpacked(stored.ids, len(counts), stored.slots)
+    total = counts.sum(axis=1, keepdims=True)
+    if not total.all():
+        raise ValueError("stored counts do not fit themselves: a position without a draw")
+    with np.errstate(divide="ignore"):
+        logp = np.log(counts / total)
+    return TopK(ids, logp, np.full(len(counts), FLOOR))
+
 
 def from_outcomes(
     positions: list[dict[int, float]], slots: int, *, one_hot: frozenset[int] = frozenset()
@@ -103,10 +147,9 @@ def encode(signal: TopK) -> StoredTopK:
     complement = np.maximum(np.log(-np.expm1(first)), FLOOR)
     steps = np.rint(np.where(present, -signal.logp, 0.0)[:, 1:] / STEP)
     rest = np.where(present[:, 1:], np.clip(steps, 0, ABSENT - 1), ABSENT).astype(np.uint8)
-    width = np.uint16 if int(signal.ids.max(initial=0)) < 2**16 else np.uint32
     return StoredTopK(
         slots=signal.slots,
-        ids=signal.ids.astype(width).tobytes(),
+        ids=_packed(signal.ids),
         first=complement.astype("<f2").tobytes(),
         rest=rest.tobytes(),
         tail=np.maximum(signal.tail, FLOOR).astype("<f2").tobytes(),
@@ -114,23 +157,17 @@ def encode(signal: TopK) -> StoredTopK:
 
 
 def decode(stored: StoredTopK) -> TopK:
-    """Read a stored signal; probabilities and tail of each position sum to one.
+    """Read a stored signal of either kind; probabilities and tail of each position sum to one.
 
     Raises ValueError when the lengths of the arrays do not fit each other.
     """
+    if stored.drawn:
+        return _decode_counts(stored)
     first = np.frombuffer(stored.first, "<f2").astype(np.float64)
     count, slots = len(first), stored.slots
     if slots < 1 or len(stored.rest) != count * (slots - 1) or len(stored.tail) != 2 * count:
         raise ValueError(f"a stored signal does not fit itself: {count} positions, {slots} slots")
-    if len(stored.ids) == 2 * count * slots:
-        ids = np.frombuffer(stored.ids, "<u2").reshape(count, slots).astype(np.int64)
-    elif len(stored.ids) == 4 * count * slots:
-        ids = np.frombuffer(stored.ids, "<u4").reshape(count, slots).astype(np.int64)
-    else:
-        raise ValueError(
-            f"a stored signal does not fit itself: {count} positions, {slots} slots, "
-            f"{len(stored.ids)} bytes of ids"
-        )
+    ids = _unpacked(stored.ids, count, slots)
     rest = np.frombuffer(stored.rest, np.uint8).reshape(count, slots - 1)
     tail = np.frombuffer(stored.tail, "<f2").astype(np.float64)
     logp = np.full((count, slots), -np.inf)
@@ -143,3 +180,18 @@ def decode(stored: StoredTopK) -> TopK:
     left = np.log(-np.expm1(np.minimum(logp[:, 0], -1e-12)))
     shift = (left - total)[:, None]
     return TopK(ids, np.concatenate([logp[:, :1], logp[:, 1:] + shift], axis=1), tail + shift[:, 0])
+
+
+def _packed(ids: npt.NDArray[np.int64]) -> bytes:
+    width = np.uint16 if int(ids.max(initial=0)) < 2**16 else np.uint32
+    return ids.astype(width).tobytes()
+
+
+def _unpacked(data: bytes, count: int, slots: int) -> npt.NDArray[np.int64]:
+    for width in ("<u2", "<u4"):
+        if len(data) == np.dtype(width).itemsize * count * slots:
+            return np.frombuffer(data, width).reshape(count, slots).astype(np.int64)
+    raise ValueError(
+        f"a stored signal does not fit itself: {count} positions, {slots} slots, "
+        f"{len(data)} bytes of ids"
+    )

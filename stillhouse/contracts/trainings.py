@@ -58,6 +58,7 @@ class Environment(Record):
     dtype: str
     threads: int
     cpu_capability: str
+    matrices: str = Field("native", description="library that multiplies float32 on a CPU")
     deterministic: bool
     code: str = Field(description="version of stillhouse")
 
@@ -66,7 +67,8 @@ class Plan(Record):
     """`plan.json`: settled before step 0, write-once; a replay uses it."""
 
     training_id: Id
-    micro_batch_tokens: int
+    micro_batch_tokens: int = Field(description="that go through the student at once")
+    activation_bytes: int = Field(0, description="kept for each of them until the backward pass")
     environment: Environment
     layers_kept: list[int] | None = Field(None, description="of the weights that were pruned")
     block_influence: list[float] | None = None
@@ -166,6 +168,9 @@ class Report(Record):
     model: Figures
     untrained: Figures | None = None
     samples: list[SamplePair] = Field(default_factory=list)
+    unmeasured: dict[str, str] = Field(
+        default_factory=dict, description="figures that cannot be had, and why"
+    )
 
 
 class StudentManifest(Record):

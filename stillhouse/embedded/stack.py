@@ -40,6 +40,8 @@ SERVICES: Mapping[str, tuple[str, ...]] = {
 }
 _CELERY_WORKERS = ("teacher_gateway.worker", "dataset_builder.worker", "evaluator.worker")
 _READS_FILES = ("teacher_gateway", "trainer", "evaluator")
+# Which hub `hf:` references lead to; a token is passed by name only.
+_HUB_VARIABLES = ("HF_ENDPOINT", "HF_HUB_OFFLINE")
 SERVICE_PROCESSES = tuple(f"{name}.{kind}" for name, kinds in SERVICES.items() for kind in kinds)
 TENANT = "default"
 
@@ -327,7 +329,7 @@ class Stack:
             {
                 "OMP_NUM_THREADS": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",
-                "HF_HUB_OFFLINE": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
                 "TOKENIZERS_PARALLELISM": "false",
                 "PYTHONUNBUFFERED": "1",
             }
@@ -335,8 +337,12 @@ class Stack:
         # What an operator set for this very service (a device, a deadline) is meant for it.
         env |= {k: v for k, v in os.environ.items() if k.startswith(f"{prefix}_")}
         env |= {k: v for k, v in self.options.service_env.items() if k.startswith(f"{prefix}_")}
+        env |= {k: os.environ[k] for k in _HUB_VARIABLES if k in os.environ}
         env |= self._passed_env()
         env |= {f"{prefix}_{key}": value for key, value in told.items()}
+        if service in _READS_FILES:
+            # Shared, so that weights are fetched once.
+            env.setdefault(f"{prefix}_CACHE_DIR", str(self.root / "cache"))
         if f"{service}.{kind}" in _CELERY_WORKERS:
             env["PROMETHEUS_MULTIPROC_DIR"] = str(self._metrics_folder(name))
         return env

@@ -18,6 +18,8 @@ PARTS: dict[str, st.SearchStrategy[Any]] = {
     "tenant": ids,
     "pipeline": ids,
     "dataset": ids,
+    "teacher": ids,
+    "captured": ids,
     "training": ids,
     "student": ids,
     "batch": st.integers(0, 999_999),
@@ -76,6 +78,7 @@ def test_different_arguments_give_different_keys(name: str) -> None:
 def test_keys_of_different_builders_differ() -> None:
     chosen = {
         **dict.fromkeys(("tenant", "pipeline", "dataset", "training", "student"), "x"),
+        **dict.fromkeys(("teacher", "captured"), "x"),
         **dict.fromkeys(("batch", "attempt", "part", "step", "epoch"), 1),
         "sha256": "0" * 64,
     }

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from stillhouse.chassis.settings import ServiceSettings
+from stillhouse.chassis.settings import ReferenceSettings, ServiceSettings
 from stillhouse.contracts.flow import SERVICES, mermaid
 from stillhouse.contracts.spec import SecretRef, Spec
 from tests.support.listed_metrics import listed_metrics
@@ -60,14 +60,15 @@ def test_metrics_are_named_by_the_rule_and_labelled_from_closed_lists() -> None:
     allowed = {
         *("service", "type", "outcome", "job", "state", "stage", "queue", "reason", "pipeline"),
         *("route", "method", "status", "split", "kind", "how", "finish_reason", "signal"),
-        *("model", "duty"),
+        *("model", "duty", "teacher"),
     }
     for entry in listed_metrics():
         shared = entry.name.startswith(("stillhouse_event", "stillhouse_job"))
         assert shared or re.match(rf"^stillhouse_({services})_[a-z0-9_]+$", entry.name)
         assert (entry.kind == "counter") == entry.name.endswith("_total"), entry.name
         assert set(entry.labels) <= allowed, entry
-        assert "pipeline" not in entry.labels or entry.kind == "gauge", entry
+        capped = {"pipeline", "teacher"} & set(entry.labels)
+        assert not capped or entry.kind == "gauge", entry
         assert entry.text.strip(), entry
 
 
@@ -117,8 +118,8 @@ def test_spec_md_says_which_fields_are_required() -> None:
         assert (path in required) == _field(model, last).is_required() or path in EITHER, path
 
 
-# Required as one of two: the class checks them together.
-EITHER = {"teachers.url", "student.from"}
+# Required as one of several: the class checks them together.
+EITHER = {"teachers.url", "student.from", "prompts.from"}
 
 
 def _field(model: type[BaseModel], name: str) -> Any:
@@ -154,13 +155,21 @@ def test_every_service_has_its_settings() -> None:
 def test_operations_md_lists_exactly_the_settings_with_their_defaults() -> None:
     documented = {row[0].strip("`"): row for row in table_rows(DOCS / "operations.md")}
     expected = {f"<SERVICE>_{name.upper()}": f for name, f in ServiceSettings.model_fields.items()}
+    shared = set(ServiceSettings.model_fields)
+    expected |= {
+        f"<READER>_{name.upper()}": field
+        for name, field in ReferenceSettings.model_fields.items()
+        if name not in shared
+    }
     for cls in settings_classes().values():
+        common = ReferenceSettings if issubclass(cls, ReferenceSettings) else ServiceSettings
         expected |= {
             f"{cls.PREFIX}{name}".upper(): field
             for name, field in cls.model_fields.items()
-            if name not in ServiceSettings.model_fields
+            if name not in common.model_fields
         }
-    settings = {name for name in documented if re.match(r"^(<SERVICE>|[A-Z_]+)_[A-Z_]+$", name)} - {
+    setting = r"^(<SERVICE>|<READER>|[A-Z_]+)_[A-Z0-9_]+$"
+    settings = {name for name in documented if re.match(setting, name)} - {
         name for name in documented if name.startswith("STILLHOUSE_")
     }
     assert settings == set(expected)

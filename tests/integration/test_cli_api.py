@@ -20,6 +20,7 @@ from stillhouse.contracts.envelope import seal
 from stillhouse.contracts.events import Event, StudentEvaluated, StudentReleased
 from stillhouse.contracts.trainings import Release, StudentManifest
 from tests.support.gateway_api import Api, gateway_api, posted_spec, serving, write_prompts
+from tests.support.teacher import Fault, running_teacher
 
 FILES = {"model.safetensors": bytes(range(256)) * 20_000, "config.json": b"{}", "README.md": b"#"}
 
@@ -78,7 +79,7 @@ def test_an_upload_is_what_a_spec_can_name(api: Api, client: Client, tmp_path: P
 
 
 def test_a_mistake_is_told_by_field(api: Api, client: Client) -> None:
-    spec = posted_spec(api.files, budget={}, signal={"kind": "topk", "k": 500})
+    spec = posted_spec(api.files, budget={}, signal={"kind": "topk", "k": 5000})
 
     with pytest.raises(StillhouseApiError) as caught:
         client.check(spec)
@@ -163,6 +164,50 @@ def test_the_command_line_submits_and_shows_it(
     assert run("events", pipeline_id) == ""
     assert run("rejections", pipeline_id) == "nothing was rejected\n"
     assert run("samples", pipeline_id) == "no rows yet\n"
+
+
+def test_check_with_probe_shows_what_the_teachers_said(
+    api: Api,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_URL", url)
+    monkeypatch.setenv("STILLHOUSE_API_KEY", api.key)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["stillhouse", *words])
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    with running_teacher(tmp_path / "invoices.jsonl") as teacher:
+        spec = posted_spec(api.files)
+        spec["teachers"][0] |= {"url": teacher.url, "model": teacher.model}
+        file = tmp_path / "spec.yaml"
+        file.write_text(json.dumps(spec))
+
+        status, out, _ = run("check", str(file), "--probe")
+        assert status == 0
+        lines = out.splitlines()
+        heading = next(line for line in lines if line.startswith("teacher "))
+        assert heading.split() == ["teacher", "finding", "value", "verdict"]
+        assert any(
+            line.startswith("local") and "raw logprobs" in line and line.endswith("  ok")
+            for line in lines
+        )
+        # Answers of 16 tokens are cut.
+        assert any(line.startswith("warning: `signal.max_tokens`:") for line in lines)
+
+        status, out, _ = run("check", str(file), "--probe", "--json")
+        assert status == 0
+        assert json.loads(out)["preflight"]["teachers"][0]["k"] == 5
+
+        teacher.script(Fault("missing_logprobs"))
+        status, _, err = run("check", str(file), "--probe")
+        assert (status, "use `signal.kind: text`" in err) == (1, True)
 
 
 def released(number: int) -> StudentReleased:

@@ -254,7 +254,7 @@ def test_reference_weights_outside_the_operators_folders_are_refused(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     scene = make_scene(store, tmp_path, "refused", rows=2)
-    scene.settings = scene.settings.model_copy(update={"file_roots": str(tmp_path / "other")})
+    scene.settings = scene.settings.model_copy(update={"file_roots": (tmp_path / "other",)})
     with pytest.raises(PermanentError) as refused:
         scene.take(scene.heldout)
     assert refused.value.reason == "model_folder_refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_a_worker_killed_in_mid_evaluation_leaves_the_same_bytes(
         broker,
         part,
         work_dir=told.work_dir,
-        file_roots=told.file_roots,
+        file_roots=os.pathsep.join(map(str, told.file_roots)),
         rows_per_part=told.rows_per_part,
         generate_tokens=told.generate_tokens,
         stop_rate_prompts=told.stop_rate_prompts,

@@ -282,9 +282,9 @@ def test_a_long_retry_after_becomes_a_row_and_not_a_sleep(
     assert row.state == "waiting"
     assert 490 < row.next_attempt_at - clock < 520
     assert row.reserved_microusd == 0
-    assert len(teacher.requests) == 3 + 1  # the items, and whether anybody is there
+    assert len(teacher.requests) == 3  # left alone, it is not even asked whether it is there
     world.collect()  # its time has not come
-    assert len(teacher.requests) == 3 + 1
+    assert len(teacher.requests) == 3
 
 
 def attempts(world: World, count: int) -> None:
@@ -376,10 +376,10 @@ def test_a_store_that_is_down_stops_the_deadline(
 
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
     world = make_world(store, url, tenant, teacher.url, items=3, close_deadline_hours=1)
-    for where in ("_write_manifest", "read_batch"):
+    for where in ("closing.write_manifest", "collect.read_batch"):
         before = world.batch().close_by
         with monkeypatch.context() as patched:
-            patched.setattr(f"services.teacher_gateway.collect.{where}", down)
+            patched.setattr(f"services.teacher_gateway.{where}", down)
             world.expire()
             with pytest.raises(StoreUnavailable):
                 world.collect()
@@ -419,7 +419,7 @@ def test_a_batch_that_kills_its_workers_is_given_up(
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("collect._write_manifest", StoreUnavailable("down")),
+        ("closing.write_manifest", StoreUnavailable("down")),
         ("collect.close_series", StoreUnavailable("down")),
         ("books.Books.adopt", DatabaseUnavailable("locked")),
         ("books.Books.renew", DatabaseUnavailable("locked")),

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from services.teacher_gateway.fitness import judge
 from services.teacher_gateway.models import Pipeline
-from services.teacher_gateway.probe import judge, probe_teacher
+from services.teacher_gateway.probe import probe_teacher
 from services.teacher_gateway.teachers.outcomes import Answered, Usage
 from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
@@ -109,7 +110,8 @@ def test_too_few_logprobs_are_refused_by_name(make: Any, teacher: Teacher) -> No
         ]
     )
     outcome = Answered(body.decode(), Usage(1, 1))
-    unfit = judge(outcome, world.resolved.spec, tiny_chat_tokenizer(), 1)
+    asked, signal = world.resolved.teacher_of(0), world.resolved.signal_of(0)
+    unfit = judge(outcome, asked, signal, tiny_chat_tokenizer(), 1)
     assert unfit is not None
     assert unfit.reason == "too_few_logprobs"
     assert "set `signal.k: 1`" in unfit.detail
@@ -130,7 +132,7 @@ def test_an_unreachable_teacher_is_tried_again_and_then_fails(make: Any) -> None
 def test_a_probe_that_breaks_off_again_and_again_fails_the_pipeline(
     make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         raise RuntimeError("a defect, or a kill")
 
     monkeypatch.setattr("services.teacher_gateway.probe.judge", die)
@@ -186,3 +188,58 @@ def test_a_metadata_address_is_never_asked(make: Any) -> None:
     world = make("http://169.254.169.254/v1")
     probe(world)
     assert "never a teacher's address" in world.pipeline().reason
+
+
+def test_each_of_several_teachers_is_asked_once(
+    make: Any, teacher: Teacher, tmp_path: Path
+) -> None:
+    with running_teacher(tmp_path / "second.jsonl") as second:
+        other = {"name": "second", "url": second.url, "weight": 1}
+        world = make(teacher.url, teacher={"weight": 1}, others=[other])
+        probe(world)
+        assert world.pipeline().collect == "running"
+        assert (len(teacher.requests), len(second.requests)) == (1, 1)
+        assert sorted(charge.charge_id for charge in world.charges()) == [
+            "probe:1:billing",
+            "probe:1:second",
+        ]
+        assert world.charged("probe") == teacher.invoiced_microusd() + second.invoiced_microusd()
+        world.check_books()
+
+
+def test_one_unfit_teacher_of_several_fails_the_pipeline_by_its_place(
+    make: Any, teacher: Teacher, tmp_path: Path
+) -> None:
+    with running_teacher(tmp_path / "second.jsonl") as second:
+        second.script(Fault("wrong_prompt_tokens"))
+        other = {"name": "second", "url": second.url, "weight": 1}
+        world = make(teacher.url, teacher={"weight": 1}, others=[other])
+        probe(world)
+        assert world.pipeline().state == "failed"
+        assert "teachers[1].reference" in world.pipeline().reason
+        assert world.charged("probe") >= teacher.invoiced_microusd() + second.invoiced_microusd()
+
+
+def test_answers_that_are_given_along_need_no_probe(make: Any) -> None:
+    free = {"input": 0, "output": 0}
+    world = make("", teacher={"url": None, "answers": "given", "usd_per_million": free})
+    probe(world)
+    assert (world.pipeline().collect, world.charges()) == ("running", [])
+
+
+def test_a_killed_probe_leaves_its_charges_listed(
+    make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    world = make(teacher.url)
+    with monkeypatch.context() as patched:
+        patched.setattr("services.teacher_gateway.probe._decide", die)
+        with pytest.raises(KeyboardInterrupt):
+            probe(world)
+    assert world.charged("unknown") >= teacher.invoiced_microusd() > 0
+    probe(world)
+    assert world.pipeline().collect == "running"
+    assert world.charged("unknown", "probe") >= teacher.invoiced_microusd()
+    world.check_books()

@@ -73,6 +73,7 @@ class Processes:
             "WAIT_SECONDS": "0.2",
             "SAVE_AFTER_SECONDS": "0",
             "SAVE_SHARE": "0",
+            "DTYPE": "float32",
             "LEASE_TTL_SECONDS": "6",
             "LEASE_BEAT_SECONDS": "0.5",
             "LEASE_STOP_BEFORE_SECONDS": "2",

@@ -132,7 +132,7 @@ def close_batch(
         batch=batch,
         split=resolved.batches.split_of(batch),
         attempt=attempt,
-        teacher=resolved.teacher.name,
+        teacher=resolved.batch_teachers[batch],
         verdict_id=resolved.verdicts[0].id,
         prompts=prompts,
         parts=parts,
@@ -170,8 +170,9 @@ def close_responses(
 def prompts_bytes(items: Sequence[Item]) -> bytes:
     entries = [
         {
-            **item.model_dump(exclude={"messages"}),
-            "messages": canonical_json([m.model_dump() for m in item.messages]).decode(),
+            **item.model_dump(exclude={"messages", "tools"}),
+            "messages": canonical_json([m.as_sent() for m in item.messages]).decode(),
+            "tools": item.tools and canonical_json(item.tools).decode(),
         }
         for item in items
     ]

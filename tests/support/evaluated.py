@@ -18,6 +18,7 @@ from services.evaluator.jobs import JOBS, EvaluatorContext
 from services.evaluator.models import Models, prepare_torch
 from services.evaluator.settings import EvaluatorSettings
 from stillhouse.chassis.jobs import Job
+from stillhouse.chassis.references import sources_of
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.envelope import Envelope
@@ -49,7 +50,10 @@ class Scene:
     def context(self, queue: deque[Job]) -> EvaluatorContext:
         prepare_torch(1)
         models = Models(
-            self.store, work_dir=self.settings.work_dir, roots=self.settings.roots, device="cpu"
+            self.store,
+            work_dir=self.settings.work_dir,
+            sources=sources_of(self.settings),
+            device="cpu",
         )
         return EvaluatorContext(
             evaluation=Evaluation(self.store, models, self.settings),

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from services.teacher_gateway.batch_input import read_batch
 from services.teacher_gateway.collect import collect_batch
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, open_engine, reading, transaction
+from services.teacher_gateway.endpoints import endpoint_of
 from services.teacher_gateway.models import (
     Base,
     Batch,
@@ -34,7 +36,7 @@ from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.timeouts import EMBEDDED, GatewayTimeouts
 from stillhouse.chassis.bus import Publisher
 from stillhouse.chassis.storage import ObjectStore
-from stillhouse.contracts import artifacts
+from stillhouse.contracts import artifacts, responses
 from stillhouse.contracts.canonical import canonical_json
 from stillhouse.contracts.events import PipelineAccepted
 from stillhouse.contracts.flow import GATEWAY
@@ -227,33 +229,44 @@ def make_world(
     timeout_seconds: float = 2.0,
     times: GatewayTimeouts = FAST,
     collect: str = "running",
+    teacher: Mapping[str, Any] | None = None,
+    others: Sequence[Mapping[str, Any]] = (),
+    change: Callable[[responses.Item], responses.Item] = lambda item: item,
+    name: str = "",
     **spec: Any,
 ) -> World:
-    """A pipeline whose batches wait to be asked; batches 0 and 1 are held-out ones."""
+    """A pipeline whose batches wait to be asked; batches 0 and 1 are held-out ones. With a `name`
+    it is one more of its tenant's, with the same prompts.
+
+    `teacher` stands over the fields of its first teacher and `others` over those of further ones,
+    which no batch asks; `change` may give the items tools, other
+    messages or answers."""
     context = make_context(store, database_url, times)
     Base.metadata.create_all(context.engine)  # that migrations make the same is tested elsewhere
     total = max(batches, 3)
-    teacher = {
+    asked = {
         "name": "billing",
         "url": teacher_url,
         "model": "billing-teacher",
         "terms": "own-weights",
         "usd_per_million": {"input": 1, "output": 2},
         "limits": {"concurrency": concurrency, "timeout_seconds": timeout_seconds},
+        **(teacher or {}),
     }
     resolved = make_resolved_spec(
         tenant=tenant,
-        pipeline=f"pl-{tenant}",
+        pipeline=f"pl-{tenant}{name}",
         train=total - 2,
-        teachers=[teacher],
+        teachers=[asked, *({**asked, **other} for other in others)],
         budget={"teacher_usd": budget_usd},
         **spec,
     )
     accepted = store_spec(store, resolved)
     world = World(context, resolved, batches)
     with transaction(context.engine) as session:
-        session.add(Tenant(tenant_id=tenant, created_at=now(session)))
-        session.flush()
+        if session.get(Tenant, tenant) is None:
+            session.add(Tenant(tenant_id=tenant, created_at=now(session)))
+            session.flush()
         pipeline = Pipeline(
             pipeline_id=resolved.pipeline_id,
             tenant_id=tenant,
@@ -278,13 +291,12 @@ def make_world(
         session.flush()
         emit(session, pipeline, PipelineAccepted.model_validate(accepted.payload))
     for number in range(batches):
-        _add_batch(world, number, items)
+        _add_batch(world, number, [change(item) for item in make_items(resolved, number, items)])
     return world
 
 
-def _add_batch(world: World, number: int, count: int) -> None:
+def _add_batch(world: World, number: int, items: list[responses.Item]) -> None:
     resolved, store = world.resolved, world.context.store
-    items = make_items(resolved, number, count)
     key = artifacts.prompts_key(resolved.tenant_id, resolved.pipeline_id, number)
     ref = store.put_new(key, prompts_bytes(items))
     with transaction(world.engine) as session:
@@ -294,7 +306,9 @@ def _add_batch(world: World, number: int, count: int) -> None:
                 batch=number,
                 tenant_id=resolved.tenant_id,
                 split=resolved.batches.split_of(number),
-                items=count,
+                teacher=resolved.batch_teachers[number],
+                endpoint=endpoint_of(resolved.teacher_of(number), resolved.tenant_id),
+                items=len(items),
                 prompts=ref.model_dump_json(),
             )
         )
@@ -307,7 +321,7 @@ def _add_batch(world: World, number: int, count: int) -> None:
             )
             for item in items
         )
-    given = read_batch(store, resolved.tenant_id, resolved.pipeline_id, ref)
+    given = read_batch(store, resolved.tenant_id, resolved.pipeline_id, number, ref)
     world.asked[number] = list(given.asked)
 
 
@@ -327,7 +341,8 @@ def collect_in_process(
     where: Where, world: World, batch: int = 0, *, crash_at: str | None = None
 ) -> int:
     """Do one attempt in another process, which may be told where to die; return its status."""
-    child = _processes.Process(target=_collect, args=(where, world.pipeline_id, batch, crash_at))
+    told = (where, world.context.times, world.pipeline_id, batch, crash_at)
+    child = _processes.Process(target=_collect, args=told)
     child.start()
     child.join(60)
     if child.is_alive():
@@ -336,6 +351,9 @@ def collect_in_process(
     return int(child.exitcode or 0)
 
 
-def _collect(where: Where, pipeline_id: str, batch: int, crash_at: str | None) -> None:
+def _collect(
+    where: Where, times: GatewayTimeouts, pipeline_id: str, batch: int, crash_at: str | None
+) -> None:
     os.environ["STILLHOUSE_CRASH_AT"] = crash_at or ""
-    collect_batch(make_context(store_of(where.store), where.database_url), pipeline_id, batch)
+    context = make_context(store_of(where.store), where.database_url, times)
+    collect_batch(context, pipeline_id, batch)

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import copy
 import json
+import multiprocessing
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,16 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Engine, select
 
+from services.teacher_gateway.accept import accept_pipeline
+from services.teacher_gateway.admission import survey
+from services.teacher_gateway.api import ApiServer
 from services.teacher_gateway.app import app_of
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import open_engine, reading
 from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.migrate import migrate
 from services.teacher_gateway.models import History, Pipeline
+from services.teacher_gateway.preflight.check import preflight
 from services.teacher_gateway.routes.parts import Gateway
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.terms.gate import load_catalogue
@@ -32,6 +38,9 @@ from stillhouse.chassis.bus import Publisher
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.flow import GATEWAY
+from stillhouse.contracts.spec import Spec
+from stillhouse.embedded.parts import Store
+from tests.support.shards import store_of
 from tests.support.tiny_tokenizer import VOCABULARY, write_folder
 from tests.support.waiting import wait_for
 
@@ -124,8 +133,9 @@ def asgi_client(api: Api, **headers: str) -> httpx.AsyncClient:
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """Serve an app over real HTTP on a free port; yield its address."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off")
+    server = ApiServer(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off"),
+        leaving=app.state.event_streams.close,
     )
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
@@ -220,3 +230,53 @@ def events(api: Api, pipeline_id: str) -> list[Envelope]:
             .order_by(History.sequence)
         )
         return [Envelope.decode(envelope) for envelope in found]
+
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.support.gateway", "tests.support.gateway_api"])
+
+
+def check_in_process(
+    tmp_path: Path, store: Store, tenant: str, spec: dict[str, Any], *, crash_at: str
+) -> int:
+    """Ask the teachers of a spec in another process, which is told where to die; return its
+    status."""
+    return _in_process(_check, tmp_path, store, tenant, spec, crash_at)
+
+
+def accept_in_process(tmp_path: Path, store: Store, pipeline_id: str, *, crash_at: str) -> int:
+    """Accept a pipeline in another process, which is told where to die; return its status."""
+    return _in_process(_accept, tmp_path, store, pipeline_id, crash_at)
+
+
+def _in_process(target: Callable[..., None], *args: Any) -> int:
+    child = _processes.Process(target=target, args=args)
+    child.start()
+    child.join(120)
+    if child.is_alive():
+        child.kill()
+        raise AssertionError("a job in a process of its own did not end within 120 s")
+    return int(child.exitcode or 0)
+
+
+def _check(tmp_path: Path, part: Store, tenant: str, spec: dict[str, Any], crash_at: str) -> None:
+    os.environ["STILLHOUSE_CRASH_AT"] = crash_at
+    settings = make_settings(tmp_path)
+    engine = open_engine(settings.database_url)
+    posted = Spec.model_validate(spec)
+    catalogue = load_catalogue(settings.terms_file)
+    found = survey(posted, tenant, settings, catalogue, store_of(part), engine, samples=8)
+    preflight(posted, found, settings, engine, tenant)
+
+
+def _accept(tmp_path: Path, part: Store, pipeline_id: str, crash_at: str) -> None:
+    os.environ["STILLHOUSE_CRASH_AT"] = crash_at
+    settings = make_settings(tmp_path)
+    context = Context(
+        engine=open_engine(settings.database_url),
+        store=store_of(part),
+        publisher=Publisher(GATEWAY, settings.broker_url),
+        settings=settings,
+        times=table(settings.profile),
+    )
+    accept_pipeline(context, pipeline_id)

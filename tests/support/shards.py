@@ -149,6 +149,9 @@ def make_resolved_spec(
         ),
         tokenizer_sha256=chat.tokenizer_sha256,
         template_sha256=chat.template_sha256,
+        signals={teacher.name: spec.signal for teacher in spec.teachers},
+        batch_teachers=[spec.teachers[0].name] * batches.total,
+        reference=reference,
         verdicts=[verdict],
         batches=batches,
         items=8 * batches.total,
@@ -184,7 +187,9 @@ def store_prompts(store: ObjectStore, resolved: ResolvedSpec, batch: int, count:
                 "item_id": item_id(prompt, 0),
                 "prompt_id": prompt,
                 "sample": 0,
-                "messages": canonical_json([message.model_dump()]).decode(),
+                "messages": canonical_json([message.as_sent()]).decode(),
+                "tools": None,
+                "answer": None,
                 "prompt_sha256": sha256,
             }
         )
@@ -194,7 +199,7 @@ def store_prompts(store: ObjectStore, resolved: ResolvedSpec, batch: int, count:
 
 def _prompt(resolved: ResolvedSpec, batch: int, number: int) -> tuple[Message, str, str]:
     message = Message(role="user", content=prompt_text(batch, number))
-    sha256 = sha256_hex(normalised_text(message.content).encode())
+    sha256 = sha256_hex(normalised_text(message.text).encode())
     return message, sha256, prompt_id(resolved.pipeline_id, sha256)
 
 
@@ -220,8 +225,8 @@ def make_rows(
             "row_id": item_id(prompt, 0),
             "prompt_id": prompt,
             "sample": 0,
-            "teacher": resolved.teacher.name,
-            "messages": canonical_json([message.model_dump()]).decode(),
+            "teacher": resolved.batch_teachers[batch],
+            "messages": canonical_json([message.as_sent()]).decode(),
             "answer": chat.decode(spoken.ids[:-1] if stopped else spoken.ids),
             "finish_reason": spoken.finish_reason,
             "input_ids": [*prompt_ids, *spoken.ids],
@@ -275,7 +280,7 @@ def shard_bytes(
             "split": resolved.batches.split_of(batch),
             "spec_sha256": resolved.spec_sha256,
             "responses_sha256": None,
-            "teacher": resolved.teacher.name,
+            "teacher": resolved.batch_teachers[batch],
             "verdict_id": resolved.verdicts[0].id,
             "tokenizer_sha256": resolved.tokenizer_sha256,
             "template_sha256": resolved.template_sha256,

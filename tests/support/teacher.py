@@ -1,18 +1,16 @@
-"""A teacher that answers, stalls, lies and bills on demand: an OpenAI-compatible HTTP server.
+"""A teacher that answers, stalls, lies and bills on demand: an HTTP server of one of three APIs.
 
     python -m tests.support.teacher --port 8123 --log invoices.jsonl --tokenizer byte
     python -m tests.support.teacher --port 8123 --log invoices.jsonl --tokenizer FOLDER \
-        --faults faults.json --latency 0.05 --price-input 1 --price-output 2
+        --faults faults.json --latency 0.05 --price-input 1 --price-output 2 --api anthropic
 
-    with running_teacher(tmp_path / "invoices.jsonl") as teacher:
+    with running_teacher(tmp_path / "invoices.jsonl", api="vllm") as teacher:
         teacher.script(Fault("rate_limited", match="[item 3]", attempts=(1,), retry_after=1))
         ...
         teacher.invoices()          # what it billed: the oracle for money
 
-It is a small language model of its own: a Markov chain over the tokenizer's plain tokens, so its
-log-probabilities are a true distribution (they sum to one over the vocabulary) and a tiny student
-can learn it. An answer depends on the conversation and the request's `seed` alone (and on the
-attempt with `vary`), so `Language.answer` tells a test beforehand what it will say.
+What it says is in `teacher_language`, how each API writes it in `teacher_apis` and
+`anthropic_api`, what it does wrong in `teacher_faults`.
 
 Every billed call is a line of the invoice log, flushed to the disk before the reply leaves. Prices
 are US dollars for a million tokens, which is micro-dollars for one; each call is rounded up.
@@ -26,8 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gzip
-import hashlib
+import dataclasses
 import json
 import math
 import os
@@ -37,188 +34,48 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from aiohttp import web
 from pydantic import ValidationError
 
-from stillhouse.contracts.canonical import canonical_json, sha256_hex
-from stillhouse.contracts.chat import ChatTokenizer, Message, TemplateRefused
-from tests.support.tiny_tokenizer import read_folder, tiny_chat_tokenizer, token_bytes
+from stillhouse.contracts.canonical import sha256_hex
+from stillhouse.contracts.chat import ChatTokenizer, TemplateRefused
+from tests.support.anthropic_api import Anthropic
+from tests.support.streamed import LIES, STREAMED, stream
+from tests.support.teacher_apis import Api, BadRequest, OpenAI, Question, Vllm
+from tests.support.teacher_faults import Fault, FaultKind, fault_from, misbehave
+from tests.support.teacher_language import (
+    Language,
+    Spoken,
+    digest_of_messages,
+    nucleus,
+    tempered,
+)
+from tests.support.tiny_tokenizer import read_folder, tiny_chat_tokenizer
+
+__all__ = [
+    "MODEL",
+    "Fault",
+    "FaultKind",
+    "Invoice",
+    "Language",
+    "Prices",
+    "Teacher",
+    "read_invoices",
+    "running_teacher",
+    "teacher_process",
+]
 
 MODEL = "billing-teacher"
 MARKER = re.compile(r"\[([^\]]{1,60})\]")
-
-FaultKind = Literal[
-    "rate_limited",  # 429, with Retry-After where `retry_after` is set
-    "status",  # `status`, with an OpenAI error body
-    "invalid_json",  # 200 and a page of HTML
-    "truncated_json",  # 200 and the first half of the answer, with a fitting Content-Length
-    "cut_reply",  # the whole Content-Length promised, half of it sent, connection reset
-    "wrong_schema",  # 200 and JSON of another shape
-    "empty_choices",
-    "null_content",
-    "content_filter",  # finish_reason that is neither stop nor length
-    "huge_body",  # 200 and `size` bytes of JSON string
-    "gzip_bomb",  # `size` zero bytes, gzipped
-    "slow_drip",  # the answer, one byte each `seconds`
-    "never_answers",
-    "closed",  # connection reset before the first byte of the reply
-    "missing_logprobs",
-    "missing_ids",
-    "missing_usage",
-    "wrong_usage",  # ten times the completion tokens
-    "wrong_prompt_tokens",  # another tokenizer or template than ours
-    "inflated",  # probabilities that sum to more than one
-    "other_text",  # content that is not what the ids decode to
-    "redirect",  # 302 to `location`
-]
-NOT_BILLED = frozenset({"rate_limited", "status", "redirect"})
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One scripted misbehaviour: for conversations that contain `match` (or whose digest starts
-    with it), at these attempts (counted from 1 for each conversation; none given: always)."""
-
-    kind: FaultKind
-    match: str = ""
-    attempts: tuple[int, ...] = ()
-    retry_after: float | None = None
-    status: int = 500
-    size: int = 64 << 20
-    seconds: float = 1.0
-    location: str = "http://169.254.169.254/latest/meta-data/"
-    billed: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(FaultKind):
-            raise ValueError(f"expected a fault of {get_args(FaultKind)}, found {self.kind!r}")
-
-    def fits(self, text: str, digest: str, attempt: int) -> bool:
-        meant = self.match in text or (len(self.match) >= 8 and digest.startswith(self.match))
-        return meant and (not self.attempts or attempt in self.attempts)
-
-    @property
-    def bills(self) -> bool:
-        """Whether the caller pays: a provider bills what it computed, arrived or not."""
-        return self.billed if self.billed is not None else self.kind not in NOT_BILLED
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """An answer as the teacher means it. `ids` holds the end-of-turn id where it stopped."""
-
-    ids: list[int]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    positions: list[dict[str, Any]]
-    prompt_tokens: int
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Language:
-    """A Markov chain over the plain tokens of a tokenizer: what this teacher knows.
-
-    The next token's distribution depends on the last one alone: `CANDIDATES` likely ones in an
-    order that the last token decides, the end of turn from `SHORTEST` tokens on, and a floor of
-    FLOOR spread over the whole vocabulary.
-    """
-
-    chat: ChatTokenizer
-
-    CANDIDATES = 24
-    DECAY = 0.35
-    FLOOR = 1e-3
-    SHORTEST = 8
-    END = 0.05
-
-    @cached_property
-    def pieces(self) -> list[bytes]:
-        return token_bytes(self.chat)
-
-    @cached_property
-    def plain(self) -> np.ndarray:
-        """Ids whose text is ASCII letters or digits, perhaps behind one space."""
-        fits = re.compile(rb"^ ?[A-Za-z0-9]+$")
-        return np.array([i for i, piece in enumerate(self.pieces) if fits.match(piece)])
-
-    def probabilities(self, last: int | None, position: int) -> np.ndarray:
-        """The distribution over the whole vocabulary after a token; float64 [V], sums to one."""
-        order = np.random.default_rng(1_000_003 + (-1 if last is None else last))
-        chosen = order.choice(self.plain, min(self.CANDIDATES, len(self.plain)), replace=False)
-        weights = np.exp(-self.DECAY * np.arange(len(chosen)))
-        end = self.END if position >= self.SHORTEST else 0.0
-        result = np.full(self.chat.vocabulary, self.FLOOR / self.chat.vocabulary)
-        result[chosen] += (1 - self.FLOOR - end) * weights / weights.sum()
-        result[self.chat.eos_id] += end
-        return result
-
-    def answer(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        top_logprobs: int = 0,
-        seed: object = None,
-        salt: str = "",
-    ) -> Spoken:
-        """Say what the teacher will answer. `salt` is the attempt where it varies."""
-        prompt = digest_of_messages(messages)
-        ids: list[int] = []
-        positions: list[dict[str, Any]] = []
-        finish: Literal["stop", "length"] = "length"
-        while len(ids) < max_tokens:
-            mass = self.probabilities(ids[-1] if ids else None, len(ids))
-            # The floor is never sampled: it may be any bytes, and half a character has no text.
-            likely = np.flatnonzero(mass > 2 * self.FLOOR / self.chat.vocabulary)
-            drawn = _uniform(prompt, seed, salt, len(ids)) * mass[likely].sum()
-            token = int(likely[np.searchsorted(np.cumsum(mass[likely]), drawn)])
-            ids.append(token)
-            positions.append(self._entry(token, mass, top_logprobs))
-            if token == self.chat.eos_id:
-                finish = "stop"
-                break
-        text = b"".join(self.pieces[i] for i in ids).decode()
-        tokens = len(self.chat.encode_prompt(list(messages)))
-        return Spoken(ids, text, finish, positions, tokens)
-
-    def _entry(self, token: int, mass: np.ndarray, top: int) -> dict[str, Any]:
-        # Stable: of equal ones the lowest id first, as servers do.
-        best = np.argsort(-mass, kind="stable")[:top]
-        return {
-            **self._outcome(token, mass),
-            "top_logprobs": [self._outcome(int(i), mass) for i in best],
-        }
-
-    def _outcome(self, token: int, mass: np.ndarray) -> dict[str, Any]:
-        # As llama.cpp writes it: special tokens have an id and no text.
-        piece = self.pieces[token]
-        return {
-            "id": token,
-            "token": piece.decode(errors="replace"),
-            "bytes": list(piece),
-            "logprob": math.log(float(mass[token])),
-        }
-
-
-def digest_of_messages(messages: Sequence[Message]) -> str:
-    return sha256_hex(canonical_json([message.model_dump() for message in messages]))
-
-
-def _uniform(*key: object) -> float:
-    data = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(data[:7], "big") / 2**56
+ApiName = Literal["openai", "vllm", "anthropic"]
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -267,15 +124,24 @@ class Teacher:
     latency: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     model: str = MODEL
+    api: ApiName = "openai"
     api_key: str | None = None
     most_logprobs: int = 64
+    refuses: tuple[str, ...] = ()
     vary: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
+    bad_requests: int = 0
     url: str = ""
 
     def __post_init__(self) -> None:
         self.language = Language(self.chat)
+        self.speaks: Api
+        if self.api == "anthropic":
+            self.speaks = Anthropic(self.refuses)
+        else:
+            kind = Vllm if self.api == "vllm" else OpenAI
+            self.speaks = kind(self.refuses, self.most_logprobs)
         self._attempts: dict[str, int] = {}
         self._active = 0
         self._boot = os.urandom(4).hex()
@@ -299,7 +165,7 @@ class Teacher:
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=256 << 20)
-        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post(self.speaks.path, self._complete)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/control/requests", self._seen)
@@ -318,7 +184,7 @@ class Teacher:
         return web.json_response({"requests": self.requests, "most_at_once": self.most_at_once})
 
     async def _add_faults(self, request: web.Request) -> web.Response:
-        self.script(*[_fault_from(entry) for entry in await request.json()])
+        self.script(*[fault_from(entry) for entry in await request.json()])
         return web.json_response({"faults": len(self.faults)})
 
     async def _remove_faults(self, _: web.Request) -> web.Response:
@@ -334,23 +200,21 @@ class Teacher:
             self._active -= 1
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
-            return _error(401, "Incorrect API key provided", "invalid_api_key")
+        api, headers = self.speaks, request.headers
+        if self.api_key and api.key_of(headers) != self.api_key:
+            return api.error(401, "Incorrect API key provided")
         try:
             body = await request.json()
-            messages = [Message.model_validate(message) for message in body["messages"]]
-            max_tokens = int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)
-            top = int(body.get("top_logprobs") or 0) if body.get("logprobs") else 0
+            question = api.read(headers, body)
+        except BadRequest as error:
+            self.bad_requests += 1
+            return api.error(error.status, str(error), **error.fields)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
-            return _error(400, f"the request is malformed: {error}", "invalid_request_error")
-        if top > self.most_logprobs:
-            return _error(
-                400, f"top_logprobs must be at most {self.most_logprobs}", "invalid_request_error"
-            )
-        if body.get("model") != self.model:
-            return _error(404, f"the model {body.get('model')!r} does not exist", "model_not_found")
-        digest = digest_of_messages(messages)
-        text = "\n".join(message.content for message in messages)
+            return api.error(400, f"the request is malformed: {error}")
+        if question.model != self.model:
+            return api.error(404, f"the model {question.model!r} does not exist")
+        digest = digest_of_messages(question.messages)
+        text = "\n".join(message.text for message in question.messages)
         attempt = self._attempts[digest] = self._attempts.get(digest, 0) + 1
         fault = next((f for f in self.faults if f.fits(text, digest, attempt)), None)
         found = MARKER.search(text)
@@ -360,53 +224,43 @@ class Teacher:
             "prompt_sha256": digest,
             "attempt": attempt,
             "fault": fault.kind if fault else "",
-            "seed": body.get("seed"),
-            "temperature": body.get("temperature"),
-            "max_tokens": max_tokens,
-            "top_logprobs": top,
-            "authorization": bool(request.headers.get("Authorization")),
+            "seed": question.seed,
+            "temperature": question.temperature,
+            "max_tokens": question.max_tokens,
+            "top_logprobs": question.top_logprobs or 0,
+            "tools": len(question.tools),
+            "authorization": bool(api.key_of(headers)),
+            "cookie": headers.get("Cookie"),
+            "fields": sorted(body),
             "at": time.time(),
         }
         self.requests.append(seen)
         try:
             spoken = self.language.answer(
-                messages,
-                max_tokens=max_tokens,
-                top_logprobs=top,
-                seed=body.get("seed"),
+                question.messages,
+                max_tokens=question.max_tokens,
+                tools=question.tools,
+                top_logprobs=question.top_logprobs or 0,
+                seed=question.seed,
                 salt=str(attempt) if self.vary else "",
+                view=_view(fault, question, attempt),
             )
         except TemplateRefused as error:
-            return _error(400, str(error), "invalid_request_error")
+            return api.error(400, str(error))
+        spoken = dataclasses.replace(spoken, prompt_tokens=spoken.prompt_tokens + api.hidden_tokens)
         if self.latency:
             await asyncio.sleep(self.latency)
         if fault is None or fault.bills:
             self._bill(seen, spoken, fault)
-        answer = self._completion(str(seen["id"]), spoken, logprobs=bool(body.get("logprobs")))
+        answer = api.write(str(seen["id"]), spoken, question)
+        if body.get("stream") and (fault is None or fault.kind in STREAMED):
+            if fault is not None and fault.kind in LIES:
+                api.lie(fault.kind, answer, question.tool)
+            options = body.get("stream_options") or {}
+            return await stream(request, answer, fault, usage=bool(options.get("include_usage")))
         if fault is None:
             return web.json_response(answer)
-        return await misbehave(fault, request, answer)
-
-    def _completion(self, request_id: str, spoken: Spoken, *, logprobs: bool) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": 0,
-            "message": {"role": "assistant", "content": spoken.text},
-            "finish_reason": spoken.finish_reason,
-        }
-        if logprobs:
-            choice["logprobs"] = {"content": spoken.positions}
-        return {
-            "id": request_id,
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.model,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": spoken.prompt_tokens,
-                "completion_tokens": spoken.completion_tokens,
-                "total_tokens": spoken.prompt_tokens + spoken.completion_tokens,
-            },
-        }
+        return await misbehave(fault, request, api, answer, question.tool)
 
     def _bill(self, seen: dict[str, Any], spoken: Spoken, fault: Fault | None) -> None:
         invoice = Invoice(
@@ -430,119 +284,16 @@ class Teacher:
             os.close(handle)
 
 
-def _fault_from(entry: dict[str, Any]) -> Fault:
-    return Fault(**{**entry, "attempts": tuple(entry.get("attempts", ()))})
-
-
-def _error(status: int, message: str, kind: str, **headers: str) -> web.Response:
-    body = {"error": {"message": message, "type": kind, "code": kind}}
-    return web.json_response(body, status=status, headers=headers)
-
-
-async def misbehave(
-    fault: Fault, request: web.Request, answer: dict[str, Any]
-) -> web.StreamResponse:
-    """Reply to a request as the fault says, given the answer that an honest teacher would send."""
-    choice, usage = answer["choices"][0], answer["usage"]
-    whole = json.dumps(answer).encode()
-    match fault.kind:
-        case "rate_limited":
-            headers = {"Retry-After": f"{fault.retry_after:g}"} if fault.retry_after else {}
-            return _error(429, "Rate limit reached", "rate_limit_exceeded", **headers)
-        case "status":
-            return _error(fault.status, "The server had an error", "server_error")
-        case "redirect":
-            return web.Response(status=302, headers={"Location": fault.location})
-        case "invalid_json":
-            return web.Response(text="<html>upstream went away</html>", content_type="text/html")
-        case "truncated_json":
-            return _json_bytes(whole[: len(whole) // 2])
-        case "cut_reply":
-            return await _send_slowly(request, whole, stop_at=len(whole) // 2)
-        case "slow_drip":
-            return await _send_slowly(request, whole, seconds=fault.seconds)
-        case "wrong_schema":
-            return web.json_response({"output": choice["message"]["content"]})
-        case "empty_choices":
-            return web.json_response({**answer, "choices": []})
-        case "huge_body":
-            return await _send_chunks(request, fault.size)
-        case "gzip_bomb":
-            headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-            return web.Response(body=gzip.compress(b"\0" * fault.size, 9), headers=headers)
-        case "never_answers":
-            await asyncio.sleep(3600)
-        case "closed":
-            _reset(request)
-            return web.Response()
-        case "null_content":
-            choice["message"]["content"] = None
-        case "content_filter":
-            choice["finish_reason"] = "content_filter"
-        case "missing_logprobs":
-            choice.pop("logprobs", None)
-        case "missing_ids":
-            for position in _positions(choice):
-                for outcome in (position, *position["top_logprobs"]):
-                    del outcome["id"]
-        case "missing_usage":
-            del answer["usage"]
-        case "wrong_usage":
-            usage["completion_tokens"] *= 10
-            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-        case "wrong_prompt_tokens":
-            usage["prompt_tokens"] += 3
-            usage["total_tokens"] += 3
-        case "inflated":
-            for position in _positions(choice):
-                for outcome in position["top_logprobs"]:
-                    outcome["logprob"] = min(0.0, outcome["logprob"] + 1.0)
-        case "other_text":
-            choice["message"]["content"] += "!"
-    return web.json_response(answer)
-
-
-def _positions(choice: dict[str, Any]) -> list[dict[str, Any]]:
-    return list((choice.get("logprobs") or {}).get("content") or [])
-
-
-def _json_bytes(data: bytes) -> web.Response:
-    return web.Response(body=data, content_type="application/json")
-
-
-def _reset(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
-
-
-async def _send_slowly(
-    request: web.Request, data: bytes, *, seconds: float = 0.0, stop_at: int | None = None
-) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    response.content_length = len(data)
-    await response.prepare(request)
-    if stop_at is not None:
-        await response.write(data[:stop_at])
-        await asyncio.sleep(0.02)  # let the bytes leave before the reset overtakes them
-        _reset(request)
-        return response
-    for number in range(len(data)):
-        await response.write(data[number : number + 1])
-        await asyncio.sleep(seconds)
-    await response.write_eof()
-    return response
-
-
-async def _send_chunks(request: web.Request, size: int) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    await response.prepare(request)
-    await response.write(b'{"choices": [{"message": {"content": "')
-    chunk = b"a" * (1 << 16)
-    for _ in range(size // len(chunk)):
-        await response.write(chunk)
-    await response.write(b'"}}]}')
-    await response.write_eof()
-    return response
+def _view(fault: Fault | None, question: Question, attempt: int) -> Callable[[Array], Array]:
+    """What becomes of a distribution before it is reported."""
+    match fault.kind if fault else "":
+        case "tempered":
+            return lambda mass: tempered(mass, question.temperature or 1.0)
+        case "nucleus":
+            return lambda mass: nucleus(mass, 1.0 if question.top_p is None else question.top_p)
+        case "replicas" if attempt % 2 == 0:
+            return lambda mass: tempered(mass, 1.3)
+    return lambda mass: mass
 
 
 @contextlib.asynccontextmanager
@@ -579,6 +330,7 @@ def running_teacher(log: Path, *, port: int = 0, **options: Any) -> Iterator[Tea
         except BaseException as error:
             failed.append(error)
         finally:
+            loop.run_until_complete(_end_what_stalls())
             loop.close()
             ready.set()
 
@@ -592,6 +344,13 @@ def running_teacher(log: Path, *, port: int = 0, **options: Any) -> Iterator[Tea
     finally:
         loop.call_soon_threadsafe(ended.set)
         thread.join(10)
+
+
+async def _end_what_stalls() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 @contextlib.contextmanager
@@ -640,8 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--price-input", type=float, default=1.0, help="USD a million tokens")
     parser.add_argument("--price-output", type=float, default=2.0)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--api-key", help="what callers must send as a bearer token")
+    parser.add_argument("--api", choices=("openai", "vllm", "anthropic"), default="openai")
+    parser.add_argument("--api-key", help="what callers must send")
     parser.add_argument("--most-logprobs", type=int, default=64)
+    parser.add_argument("--refuses", nargs="*", default=[], help="parameters that are unsupported")
     parser.add_argument("--vary", action="store_true", help="another answer at each attempt")
     chosen = parser.parse_args(argv)
     faults = json.loads(chosen.faults.read_text()) if chosen.faults else []
@@ -650,10 +411,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat=tokenizer_named(chosen.tokenizer),
         prices=Prices(chosen.price_input, chosen.price_output),
         latency=chosen.latency,
-        faults=[_fault_from(entry) for entry in faults],
+        faults=[fault_from(entry) for entry in faults],
         model=chosen.model,
+        api=chosen.api,
         api_key=chosen.api_key,
         most_logprobs=chosen.most_logprobs,
+        refuses=tuple(chosen.refuses),
         vary=chosen.vary,
     )
     asyncio.run(_serve_until_stopped(teacher, chosen.port))

@@ -68,7 +68,8 @@ class Bench:
             profile="embedded",
             device="cpu",
             file_roots=str(self.roots),
-            **{"wait_seconds": 0, "progress_seconds": 0, **changed},
+            # What a probe would choose may differ from training to training on a busy machine.
+            **{"wait_seconds": 0, "progress_seconds": 0, "dtype": "float32", **changed},
         )
 
     def trainer(self, **changed: Any) -> Trainer:
@@ -115,7 +116,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, point: str, at: int = 1) -> Iterato
             raise Killed(point)
 
     with monkeypatch.context() as patched:
-        for module in ("loop", "saver", "session", "checkpoint"):
+        for module in ("loop", "gradients", "saver", "session", "checkpoint"):
             patched.setattr(f"services.trainer.{module}.crash_point", crash_point)
         patched.setattr(leases.Lease, "release", leases.Lease._stop_beating)
         yield

@@ -24,10 +24,12 @@ def clean(draft: Draft, recipe: Recipe) -> Draft:
     text = draft.text
     if draft.finish_reason == "length":
         text = text.rstrip(REPLACEMENT)  # cut in the middle of a character
-    found = _BROKEN.search(text)
+    called = [part for c in draft.calls for part in (c.function.name, c.function.arguments)]
+    whole = "\n".join([text, *called])
+    found = _BROKEN.search(whole)
     if found:
         raise Reject(reasons.BROKEN_TEXT, f"control character U+{ord(found[0]):04X}")
-    if REPLACEMENT in text:
+    if REPLACEMENT in whole:
         raise Reject(reasons.BROKEN_TEXT, "bytes that are no UTF-8 (U+FFFD)")
     return replace(draft, text=text, answer_sha256=answer_sha256(text))
 

@@ -16,20 +16,17 @@ def filter_answer(draft: Draft, recipe: Recipe) -> Draft:
         raise Reject(reasons.UNEXPECTED_FINISH, f"expected stop or length, found {found!r}")
     if draft.refusal:
         raise Reject(reasons.REFUSED, "the answer is marked as a refusal")
-    if draft.reasoning:
-        raise Reject(
-            reasons.REASONING_APART,
-            "the reasoning is apart from the answer, so the sampled tokens are not its text: "
-            "switch the teacher's reasoning off, or its parser",
-        )
     length = len(draft.text.strip())
-    if length == 0:
-        raise Reject(reasons.EMPTY_ANSWER)
-    if length < recipe.options.min_characters:
-        raise Reject(
-            reasons.TOO_SHORT,
-            f"{length} characters, and dataset.min_characters is {recipe.options.min_characters}",
-        )
-    if finish == "length" and recipe.options.drop_cut:
-        raise Reject(reasons.CUT, "ended by length, and dataset.drop_cut is set")
+    if not draft.calls:  # a call is an answer, whatever is said beside it
+        if length == 0:
+            raise Reject(reasons.EMPTY_ANSWER)
+        if length < recipe.options.min_characters:
+            least = recipe.options.min_characters
+            raise Reject(
+                reasons.TOO_SHORT,
+                f"{length} characters, and dataset.min_characters is {least}",
+            )
+    if finish == "length" and (recipe.options.drop_cut or draft.calls):
+        why = "dataset.drop_cut is set" if recipe.options.drop_cut else "half a call is none"
+        raise Reject(reasons.CUT, f"ended by length, and {why}")
     return draft

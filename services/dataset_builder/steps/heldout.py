@@ -7,7 +7,8 @@ from services.dataset_builder.records import Draft, Recipe, Reject
 from stillhouse.contracts.spec import normalised_text
 
 # A short answer ("Paris.") that two prompts share is no leak, and dropping all of its kind would
-# bend the train set; a sentence of this many words that comes twice is the same answer.
+# bend the train set; a sentence of this many words that comes twice is the same answer. Calls of
+# functions are not compared: one call rightly answers many questions.
 SHORTEST_LEAK_WORDS = 8
 
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import msgspec
 
 from services.dataset_builder import reasons
 from services.dataset_builder.records import Draft, Recipe, Reject
+from stillhouse.contracts.chat import FunctionCall, ToolCall
+
+
+class Function(msgspec.Struct):
+    name: str
+    arguments: str = "{}"
+
+
+class Call(msgspec.Struct):
+    function: Function
+    id: str | None = None
 
 
 class Message(msgspec.Struct):
+    """`reasoning_content` and `reasoning` are servers' two names for one thing; `function_call` is
+    the older form of one call."""
+
     content: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Call] | None = None
+    function_call: Function | None = None
 
 
 class Choice(msgspec.Struct):
@@ -42,23 +60,41 @@ _ERROR = msgspec.json.Decoder(ErrorBody)
 
 
 def parse(draft: Draft, recipe: Recipe) -> Draft:
-    """Read text, finish reason and usage; the log-probabilities stay raw until they are used."""
+    """Read text, calls, finish reason and usage; the log-probabilities stay raw until they are
+    used. An answer that ends with a call is an answer that stopped."""
     completion = _decode(draft.body)
     if not completion.choices:
         raise Reject(reasons.NO_CHOICES, "expected one choice, found none")
     choice = completion.choices[0]
     message, usage = choice.message, completion.usage or Usage()
+    calls = tuple(_calls(message))
+    finish = choice.finish_reason or ""
+    if calls and finish in ("tool_calls", "function_call"):
+        finish = "stop"
     return replace(
         draft,
         body="",  # a megabyte with its log-probabilities: not held beside the row
         text=message.content or "",
-        finish_reason=choice.finish_reason or "",
+        finish_reason=finish,
         refusal=bool(message.refusal),
-        reasoning=bool(message.reasoning_content),
+        reasoning=message.reasoning_content or message.reasoning or "",
+        calls=calls,
         usage_prompt_tokens=usage.prompt_tokens,
         usage_completion_tokens=usage.completion_tokens,
         logprobs=bytes(choice.logprobs),
     )
+
+
+def _calls(message: Message) -> Iterator[ToolCall]:
+    found = [(call.function, call.id) for call in message.tool_calls or ()]
+    if message.function_call is not None:
+        found.append((message.function_call, None))
+    for function, name_of_call in found:
+        try:
+            called = FunctionCall(name=function.name, arguments=function.arguments)
+        except ValueError as error:
+            raise Reject(reasons.WRONG_SCHEMA, "a call's function has no usable name") from error
+        yield ToolCall(function=called, id=name_of_call)
 
 
 def _decode(body: str) -> Completion:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from services.dataset_builder import reasons
 from services.dataset_builder.records import Draft, Recipe, Reject
-from stillhouse.contracts.chat import TemplateRefused
+from stillhouse.contracts.chat import Message, TemplateRefused, TurnDiffers
 
 
 def render(draft: Draft, recipe: Recipe) -> Draft:
@@ -19,11 +19,14 @@ def render(draft: Draft, recipe: Recipe) -> Draft:
     own prompt only. Text alone may come from a teacher with another tokenizer.
     """
     try:
-        ids = recipe.chat.encode_prompt(draft.item.messages)
+        ids = recipe.chat.encode_prompt(draft.item.messages, draft.item.tools)
+        turn = _turn(draft, recipe) if draft.calls else ""
     except TemplateRefused as error:
         raise Reject(reasons.TEMPLATE_REFUSED, str(error)) from error
-    if recipe.signal.kind != "text":
-        counted = draft.usage_prompt_tokens
+    counted = draft.usage_prompt_tokens
+    scored = draft.logprobs != b"null"
+    # Text alone, such as an answer given along, may have no usage: it makes a row of text.
+    if recipe.signal.kind != "text" and (scored or counted is not None):
         if counted is None:
             raise Reject(
                 reasons.USAGE_MISSING,
@@ -35,4 +38,17 @@ def render(draft: Draft, recipe: Recipe) -> Draft:
                 f"our rendering has {len(ids)} tokens and the teacher counted {counted}: its "
                 "tokenizer or chat template is another one",
             )
-    return replace(draft, prompt_ids=tuple(ids))
+    return replace(draft, prompt_ids=tuple(ids), turn=turn)
+
+
+def _turn(draft: Draft, recipe: Recipe) -> str:
+    """The assistant's turn with its calls as the template writes it, without what ends it."""
+    answer = Message(
+        role="assistant",
+        content=draft.text if draft.text.strip() else None,
+        tool_calls=list(draft.calls),
+    )
+    try:
+        return recipe.chat.render_turn(draft.item.messages, draft.item.tools, answer)
+    except TurnDiffers as error:
+        raise Reject(reasons.TURN_DIFFERS, str(error)) from error

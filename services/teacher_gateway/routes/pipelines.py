@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from services.teacher_gateway.admission import (
@@ -20,8 +20,19 @@ from services.teacher_gateway.admission import (
 )
 from services.teacher_gateway.database import Session, now, reading, transaction
 from services.teacher_gateway.keys import Caller
-from services.teacher_gateway.models import Audit, Batch, Item, Pipeline
+from services.teacher_gateway.models import (
+    Account,
+    Audit,
+    Batch,
+    Charge,
+    Item,
+    Pipeline,
+    TeacherEndpoint,
+)
 from services.teacher_gateway.posted import JSON_TYPES, YAML_TYPES, read_spec
+from services.teacher_gateway.preflight.check import preflight, refuse_unfit
+from services.teacher_gateway.preflight.interview import SAMPLED_PROMPTS
+from services.teacher_gateway.preflight.views import Preflight
 from services.teacher_gateway.problems import ProblemError, responses
 from services.teacher_gateway.routes.parts import (
     Gateway,
@@ -46,7 +57,6 @@ from services.teacher_gateway.schemas import (
     Tokens,
 )
 from services.teacher_gateway.stop import cancel_pipeline
-from services.teacher_gateway.trial import ask_once
 from stillhouse.contracts.artifacts import ID_PATTERN
 from stillhouse.contracts.canonical import canonical_json
 from stillhouse.contracts.events import STAGES
@@ -78,7 +88,7 @@ _SPEC_BODY = {
             "model": Created,
             "headers": {"Location": {"schema": {"type": "string"}}},
         },
-        **responses(400, 401, 408, 413, 415, 422, 503),
+        **responses(400, 401, 402, 408, 413, 415, 422, 503),
     },
     openapi_extra=_SPEC_BODY,
 )
@@ -90,7 +100,9 @@ async def create_pipeline(
     check: Annotated[bool, Query(description="only check the spec, create nothing")] = False,
     probe: Annotated[
         bool,
-        Query(description="beside `check`: ask the teacher one short question, which it bills"),
+        Query(
+            description="beside `check`: ask each teacher a handful of questions, which it bills"
+        ),
     ] = False,
     idempotency_key: Annotated[
         str | None,
@@ -173,22 +185,31 @@ def cancel(pipeline_id: PipelineId, who: Who, parts: Parts) -> PipelineView:
         return _view(session, owned(session, who, pipeline_id))
 
 
-def cost_of(pipeline: Pipeline) -> Cost:
+def cost_of(purse: Pipeline | Account) -> Cost:
     names = ("budget", "spent", "reserved")
-    micro = {f"{n}_microusd": getattr(pipeline, f"{n}_microusd") for n in names}
+    micro = {f"{n}_microusd": getattr(purse, f"{n}_microusd") for n in names}
     return Cost(**micro, **{f"{n}_usd": micro[f"{n}_microusd"] / 1e6 for n in names})
 
 
 def _check(parts: Gateway, who: Caller, spec: Spec, probe: bool) -> Checked:
-    found = survey(spec, who.tenant_id, parts.settings, parts.catalogue, parts.store)
+    found = survey(
+        spec,
+        who.tenant_id,
+        parts.settings,
+        parts.catalogue,
+        parts.store,
+        parts.engine,
+        samples=SAMPLED_PROMPTS if probe else 0,
+    )
     chat = found.tokenizer.chat
+    asked: Preflight | None = None
     probed: int | None = None
     if probe:
-        probed = ask_once(spec, found, parts.settings)
+        asked, probed = preflight(spec, found, parts.settings, parts.engine, who.tenant_id)
+        names = ", ".join(teacher.url for teacher in spec.teachers if teacher.url)
         with transaction(parts.engine) as session:
-            _audit(
-                session, who, "teacher.probed", spec.teachers[0].url or "", f"{probed} micro-USD"
-            )
+            _audit(session, who, "teacher.probed", names, f"{probed} micro-USD")
+        refuse_unfit(asked)
     return Checked(
         name=spec.name,
         spec_sha256=spec_digest(spec),
@@ -210,6 +231,7 @@ def _check(parts: Gateway, who: Caller, spec: Spec, probe: bool) -> Checked:
         worst_case_usd=found.worst_case_microusd / 1e6,
         budget_usd=spec.budget.teacher_usd,
         probe_usd=None if probed is None else probed / 1e6,
+        preflight=asked,
     )
 
 
@@ -221,7 +243,7 @@ def _create(parts: Gateway, who: Caller, spec: Spec, key: str | None, trace: str
             if earlier := _earlier(session, who, key, digest):
                 return earlier
     check_deadlines(spec, parts.settings)
-    admit(spec, who.tenant_id, parts.settings, parts.catalogue, parts.store)
+    admit(spec, who.tenant_id, parts.settings, parts.catalogue, parts.store, parts.engine)
     try:
         with transaction(parts.engine) as session:
             if key is not None and (earlier := _earlier(session, who, key, digest)):
@@ -337,10 +359,34 @@ def _view(session: Session, pipeline: Pipeline) -> PipelineView:
     away = session.execute(
         select(func.count())
         .select_from(Batch)
-        .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.state != "closed", Batch.away > 0)
+        .where(
+            Batch.pipeline_id == pipeline.pipeline_id,
+            Batch.state != "closed",
+            # Those that met nobody, and those that are not even sent meanwhile.
+            or_(
+                Batch.away > 0,
+                Batch.endpoint.in_(
+                    select(TeacherEndpoint.endpoint).where(TeacherEndpoint.away > 0)
+                ),
+            ),
+        )
     ).scalar_one()
     if away:
         figures.setdefault("collect", {})["batches_teacher_away"] = away
+    cached = session.execute(
+        select(func.coalesce(func.sum(Charge.cached), 0)).where(
+            Charge.pipeline_id == pipeline.pipeline_id
+        )
+    ).scalar_one()
+    if cached:
+        figures.setdefault("collect", {})["answers_cached"] = int(cached)
+    at_provider = session.execute(
+        select(func.count())
+        .select_from(Batch)
+        .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.provider_batch.is_not(None))
+    ).scalar_one()
+    if at_provider:
+        figures.setdefault("collect", {})["batches_at_provider"] = at_provider
     return PipelineView(
         **{**_summary(pipeline), "rows": by_outcome.get("row", 0)},
         stages={
@@ -359,6 +405,7 @@ def _view(session: Session, pipeline: Pipeline) -> PipelineView:
             trained=pipeline.trained_tokens,
         ),
         gpu_seconds=pipeline.gpu_seconds,
+        last_event=pipeline.next_event - 1,
         dataset_id=pipeline.dataset_id,
         training_id=pipeline.training_id,
         student_id=pipeline.student_id,

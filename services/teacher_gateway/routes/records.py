@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
-from sqlalchemy import func, select, tuple_
+from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy import Engine, func, select, tuple_
 
-from services.teacher_gateway.database import reading
+from services.teacher_gateway.database import Session, reading
+from services.teacher_gateway.event_streams import PAGE, EventStream, Mark
+from services.teacher_gateway.keys import authenticate
 from services.teacher_gateway.models import Charge, History, Item
 from services.teacher_gateway.problems import ProblemError, responses
 from services.teacher_gateway.routes.parts import Limit, Parts, PipelineId, Who, moment, owned
@@ -30,6 +32,22 @@ router = APIRouter(
 )
 
 
+# As FastAPI describes streams of its own making.
+_STREAM_ITEM = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/EventView"},
+        },
+    },
+}
+
+
 @router.get("/events", response_model=Events)
 def list_events(
     pipeline_id: PipelineId,
@@ -41,16 +59,68 @@ def list_events(
     """List the stored events of a pipeline in the order in which they were recorded."""
     with reading(parts.engine) as session:
         owned(session, who, pipeline_id)
-        found = list(
-            session.scalars(
-                select(History)
-                .where(History.pipeline_id == pipeline_id, History.sequence > after)
-                .order_by(History.sequence)
-                .limit(limit + 1)
-            )
-        )
+        found = _history(session, pipeline_id, after, limit + 1)
     page = [_event(entry) for entry in found[:limit]]
     return Events(items=page, next=page[-1].sequence if len(found) > limit else None)
+
+
+@router.get(
+    "/events/stream",
+    response_class=EventStream,
+    status_code=200,
+    responses={
+        200: {
+            "description": "A stream of server-sent events: `id` is the sequence, `event` the "
+            "type, `data` an EventView. A comment comes every 15 seconds without news. It ends "
+            "when the pipeline has ended, and may end before: ask again with `Last-Event-ID`.",
+            "content": {"text/event-stream": {"itemSchema": _STREAM_ITEM}},
+        },
+        204: {"description": "The pipeline has ended and no event comes after: ask no more."},
+        **responses(429),
+    },
+)
+def stream_events(
+    pipeline_id: PipelineId,
+    who: Who,
+    parts: Parts,
+    request: Request,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="the last sequence seen")] = 0,
+    last_event_id: Annotated[
+        int | None,
+        Header(
+            alias="Last-Event-ID",
+            ge=0,
+            le=2**31 - 1,
+            description="the same; it counts where both are given",
+        ),
+    ] = None,
+) -> Response:
+    """Follow the events of a pipeline as they are recorded, from any of them on."""
+    with reading(parts.engine) as session:
+        mark = Mark.of(owned(session, who, pipeline_id))
+    seen = after if last_event_id is None else last_event_id
+    if mark.ended and seen >= mark.last:
+        return Response(status_code=204)
+    key = request.headers.get("authorization")
+    return EventStream(
+        request.app.state.event_streams,
+        tenant_id=who.tenant_id,
+        pipeline_id=pipeline_id,
+        mark=mark,
+        after=seen,
+        read=lambda sequence: _events_after(parts.engine, pipeline_id, sequence),
+        check_key=lambda: authenticate(parts.engine, parts.settings.key_pepper, key),
+    )
+
+
+def _events_after(engine: Engine, pipeline_id: str, sequence: int) -> list[EventView]:
+    with reading(engine) as session:
+        return [_event(entry) for entry in _history(session, pipeline_id, sequence, PAGE)]
+
+
+def _history(session: Session, pipeline_id: str, after: int, limit: int) -> list[History]:
+    query = select(History).where(History.pipeline_id == pipeline_id, History.sequence > after)
+    return list(session.scalars(query.order_by(History.sequence).limit(limit)))
 
 
 def _event(entry: History) -> EventView:
@@ -148,6 +218,7 @@ def list_charges(
                 batch=charge.batch,
                 attempt=charge.attempt,
                 answers=charge.answers,
+                cached=charge.cached,
                 microusd=charge.microusd,
                 detail=charge.detail,
                 booked_at=moment(charge.booked_at),

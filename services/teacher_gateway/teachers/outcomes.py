@@ -1,8 +1,11 @@
-"""What one call of a teacher ended in, whichever route it took."""
+"""One call of a teacher and what it ended in, whichever route it takes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from stillhouse.contracts.chat import Message, Tools
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer. `body` is the response's JSON text as it came."""
+    """An answer. `body` is the JSON text of a chat completion."""
 
     body: str
     usage: Usage
@@ -48,3 +51,25 @@ class Reject:
 
 
 Outcome = Answered | Retry | Reject
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to a teacher. `seed_of` names it, so that asking again says the same where the
+    route honours seeds; `given` is the answer that the user gave along (a chat completion).
+    `max_tokens`, `temperature` and `top_p` stand instead of the signal's where they are set."""
+
+    messages: list[Message]
+    seed_of: str
+    tools: Tools | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    given: str | None = None
+
+
+class TeacherClient(Protocol):
+    """A teacher by one route; `routes.open_teacher` makes them."""
+
+    async def ask(self, call: Call, *, deadline: float) -> Outcome:
+        """Make one call, `deadline` seconds at most."""

@@ -79,12 +79,13 @@ class Catalogue(_Part):
 
     def judge(self, spec: Spec) -> list[Verdict]:
         """Judge every teacher, the prompts and the student's weights."""
-        verdicts = [self._judge_teacher(teacher, spec.purpose) for teacher in spec.teachers]
+        verdicts = [self.judge_teacher(teacher, spec.purpose) for teacher in spec.teachers]
         verdicts.append(self._judge("prompts", "prompts", spec.prompts.terms, spec.purpose))
         verdicts.append(self._judge("student", "student", spec.student.terms, spec.purpose))
         return verdicts
 
-    def _judge_teacher(self, teacher: Teacher, purpose: Purpose) -> Verdict:
+    def judge_teacher(self, teacher: Teacher, purpose: Purpose) -> Verdict:
+        """Judge one teacher: its route decides which terms hold."""
         subject = f"teacher:{teacher.name}"
         host = (urlsplit(teacher.url or "").hostname or "").lower().rstrip(".")
         for entry in self.entries:

@@ -14,7 +14,14 @@ from services.teacher_gateway.accept import accept_pipeline
 from services.teacher_gateway.database import now, open_engine, transaction
 from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.metrics import StateCollector
-from services.teacher_gateway.models import Item, Outbox, Pipeline
+from services.teacher_gateway.models import (
+    Batch,
+    Item,
+    Outbox,
+    Pipeline,
+    TeacherEndpoint,
+    TeacherShare,
+)
 from stillhouse.chassis.bus import Publisher
 from stillhouse.contracts.envelope import Envelope
 from tests.support.gateway_api import Api, events, posted_spec, submit
@@ -102,6 +109,56 @@ def test_state_is_told_as_it_is_stored(api: Api) -> None:
     assert value("outbox_events") == 1
     assert 25 < value("outbox_age_seconds") < 60
     assert value("state_readable_bool") == 1
+
+
+def test_teachers_that_are_still_to_be_asked_are_told_by_digits_and_capped(small: Api) -> None:
+    running, ended = add_pipeline(small, 1), add_pipeline(small, 2, state="failed")
+    count = metrics.TEACHERS_SHOWN + 5
+    with transaction(small.engine) as session:
+        clock = now(session)
+        for number in range(count):
+            name = f"{number:02d}" + 62 * "0"
+            more = {"away": 2, "cool_until": clock + 60, "concurrency": 3.5} if not number else {}
+            session.add(TeacherEndpoint(endpoint=name, **more))
+            session.flush()
+            for pipeline, batch in ((running, number), (ended, count + number)):
+                session.add(
+                    Batch(
+                        pipeline_id=pipeline,
+                        batch=batch,
+                        tenant_id=small.tenant,
+                        split="train",
+                        teacher="t",
+                        endpoint=name if pipeline == running else 64 * "f",
+                        items=1,
+                        prompts="{}",
+                    )
+                )
+        session.add(TeacherEndpoint(endpoint=64 * "f"))
+        for holder, most in (("a", 8), ("b", 6)):
+            session.add(
+                TeacherShare(
+                    endpoint=64 * "0",
+                    holder=holder,
+                    epoch=1,
+                    tenant_id=small.tenant,
+                    pipeline_id=running,
+                    calls=2,
+                    wanted=2,
+                    running=2,
+                    most=most,
+                    until=clock + 60,
+                )
+            )
+    found = scrape(small)
+    shown = {dict(labels)["teacher"] for name, labels in found if name == "teacher_calls"}
+    assert shown == {f"{number:02d}" + 10 * "0" for number in range(metrics.TEACHERS_SHOWN)}
+    first = (("teacher", 12 * "0"),)
+    assert found["teacher_calls", first] == 4
+    assert found["teacher_calls_limit", first] == 3
+    assert found["teacher_away_bool", first] == 1
+    assert 50 < found["teacher_pause_seconds", first] <= 60
+    assert found["teacher_away_bool", (("teacher", "01" + 10 * "0"),)] == 0
 
 
 def test_only_the_oldest_active_pipelines_get_series(small: Api) -> None:

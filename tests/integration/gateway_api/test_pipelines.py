@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from services.teacher_gateway.database import reading, transaction
 from services.teacher_gateway.keys import create_key
-from services.teacher_gateway.models import Audit, Batch, Pipeline
+from services.teacher_gateway.models import Audit, Batch, Pipeline, TeacherEndpoint
 from stillhouse.chassis.storage import ObjectStore
 from tests.support.gateway_api import Api, asgi_client, posted_spec, weights_folder, write_prompts
 
@@ -292,7 +292,7 @@ def test_no_route_speaks_without_a_valid_key(client: httpx.Client, small: Api) -
                 assert answer.json()["type"] == "urn:stillhouse:problem:unauthorized"
                 asked += 1
     bare.close()
-    assert asked == 12 * len(wrong)
+    assert asked == 20 * len(wrong)
 
 
 def test_mistakes_in_the_request_are_problems(client: httpx.Client) -> None:
@@ -434,17 +434,26 @@ def test_a_pipeline_whose_teacher_is_away_says_so(client: httpx.Client, small: A
     pipeline_id = url.rsplit("/", 1)[1]
     assert client.get(url).json()["stages"]["collect"]["figures"] == {}
     with transaction(small.engine) as session:
-        for number, (state, away) in enumerate([("waiting", 3), ("waiting", 0), ("closed", 2)]):
+        session.add(TeacherEndpoint(endpoint="open", away=1))
+        batches = [
+            ("waiting", 3, "closed"),
+            ("waiting", 0, "closed"),
+            ("waiting", 0, "open"),  # it is not even sent
+            ("closed", 2, "open"),
+        ]
+        for number, (state, away, endpoint) in enumerate(batches):
             session.add(
                 Batch(
                     pipeline_id=pipeline_id,
                     batch=number,
                     tenant_id=small.tenant,
                     split="train",
+                    teacher="billing",
                     items=1,
                     prompts="{}",
                     state=state,
                     away=away,
+                    endpoint=endpoint,
                 )
             )
-    assert client.get(url).json()["stages"]["collect"]["figures"] == {"batches_teacher_away": 1}
+    assert client.get(url).json()["stages"]["collect"]["figures"] == {"batches_teacher_away": 2}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,36 +13,14 @@ import httpx
 import pytest
 
 from stillhouse.embedded.parts import Store
-from tests.support.gateway_api import NO_BROKER, PEPPER, posted_spec
+from tests.support.gateway_api import posted_spec
+from tests.support.gateway_process import Environ, api_environment, start_api
 from tests.support.waiting import wait_for
-
-Environ = dict[str, str]
 
 
 @pytest.fixture
 def environ(tmp_path: Path, store_part: Store) -> Environ:
-    files = tmp_path / "files"
-    files.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {
-        "BROKER_URL": NO_BROKER,
-        "STORE_ENDPOINT_URL": store_part.endpoint_url,
-        "STORE_BUCKET": store_part.bucket,
-        "STORE_ACCESS_KEY": store_part.access_key,
-        "STORE_SECRET_KEY": store_part.secret_key,
-        "DATABASE_URL": f"sqlite:///{tmp_path / 'gateway.sqlite3'}",
-        "KEY_PEPPER": PEPPER,
-        "FILE_ROOTS": str(files),
-        "WORK_DIR": str(tmp_path),
-        "PROFILE": "embedded",
-        "API_PORT": str(port),
-    }
-    return {
-        **{k: v for k, v in os.environ.items() if not k.startswith("TEACHER_GATEWAY_")},
-        **{f"TEACHER_GATEWAY_{name}": value for name, value in told.items()},
-    }
+    return api_environment(tmp_path, store_part)
 
 
 def command(environ: Environ, *words: str) -> subprocess.CompletedProcess[str]:
@@ -60,10 +36,7 @@ def command(environ: Environ, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def api(environ: Environ, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (tmp_path / "api.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.teacher_gateway", "api"], env=environ, stderr=log
-        )
+    process = start_api(environ, tmp_path / "api.log")
     yield process
     process.kill()
     process.wait()
@@ -121,11 +94,7 @@ def test_the_api_starts_survives_a_kill_and_ends_on_a_signal(
     assert first.status_code == 202
     api.kill()
     api.wait()
-    again = subprocess.Popen(
-        [sys.executable, "-m", "services.teacher_gateway", "api"],
-        env=environ,
-        stderr=subprocess.DEVNULL,
-    )
+    again = start_api(environ, tmp_path / "again.log")
     try:
         answer = wait_for(
             lambda: httpx.post(f"{url}/v1/pipelines", json=spec, headers=headers),

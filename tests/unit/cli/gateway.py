@@ -38,6 +38,7 @@ def pipeline(state: str = "running", **fields: Any) -> Json:
         "batches_closed": 3,
         "tokens": {"prompt": 100, "completion": 200, "trained": 150},
         "student_id": "st-1",
+        "last_event": 0,
         **fields,
     }
 
@@ -59,7 +60,8 @@ class FakeGateway:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, Json, Any]] = []
-        self.states = ["running"]  # each look at the pipeline takes one, the last stays
+        # Each look at the pipeline or its stream takes one, the last stays.
+        self.states = ["running"]
         self.problem: tuple[int, Json] | None = None
 
     def answer(self, method: str, path: str, query: Json, body: bytes) -> tuple[int, Any]:
@@ -81,6 +83,13 @@ class FakeGateway:
             self.states = self.states[1:] or self.states
             reason = "teacher said no" if state == "failed" else ""
             return 200, pipeline(state, reason=reason)
+        if below == "/events/stream":
+            state, self.states = self.states[0], self.states[1:] or self.states
+            if query["Last-Event-ID"] == "0":
+                event = {"sequence": 1, "type": "shard.written", "occurred_at": AT}
+                data = json.dumps({**event, "payload": {"batch": 3, "shard": {}}})
+                return 200, f"retry: 1\n\nid: 1\ndata: {data}\n\n: nothing new\n\n"
+            return (200 if state == "running" else 204), ": nothing new\n\n"
         if below == "/events":
             event = {"sequence": 1, "type": "shard.written", "occurred_at": AT}
             items = (
@@ -116,11 +125,20 @@ def serving(gateway: FakeGateway) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+            if (seen := self.headers.get("Last-Event-ID")) is not None:
+                query["Last-Event-ID"] = seen
             known = json.loads(body) if body.startswith(b"{") and self.command == "POST" else body
             gateway.asked.append((self.command, parts.path, query, known))
             status, value = gateway.answer(self.command, parts.path, query, body)
-            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            if isinstance(value, str):
+                kind, data = "text/event-stream", value.encode()
+            else:
+                kind = "application/json"
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            if status == 204:
+                data = b""
             self.send_response(status)
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from stillhouse.cli import client as cli
 from stillhouse.cli.client import (
     Client,
     DamagedFileError,
@@ -259,11 +260,16 @@ def test_waiting_ends_with_the_pipeline() -> None:
     states = iter(["accepting", "running", "released"])
     seen: list[str] = []
 
-    def answer(_request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, content=json.dumps({"state": next(states)}))
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/events/stream"):
+            assert request.headers["Last-Event-ID"] == "4"
+            return stream(event(5), event(6), ": nothing new")
+        # The second look came after event 6, so the third waits for the stream to go silent.
+        shown = {"state": next(states), "last_event": 4 if not seen else 6}
+        return httpx.Response(200, json=shown)
 
     with client_of(answer) as client:
-        ended = client.wait("pl-1", poll_seconds=0, seen=lambda p: seen.append(p["state"]))
+        ended = client.wait("pl-1", seen=lambda p: seen.append(p["state"]))
 
     assert ended["state"] == "released"
     assert seen == ["accepting", "running", "released"]
@@ -271,7 +277,68 @@ def test_waiting_ends_with_the_pipeline() -> None:
 
 def test_waiting_has_a_deadline_that_says_what_it_last_saw() -> None:
     with (
-        client_of(lambda _: httpx.Response(200, json={"state": "running"})) as client,
+        client_of(
+            lambda _: httpx.Response(200, json={"state": "running", "last_event": 0})
+        ) as client,
         pytest.raises(TimeoutError, match="still running after 0 s"),
     ):
-        client.wait("pl-1", timeout_seconds=0, poll_seconds=0)
+        client.wait("pl-1", timeout_seconds=0)
+
+
+def event(sequence: int, **more: str) -> str:
+    data = json.dumps({"sequence": sequence, **more}, ensure_ascii=False)
+    return f"id: {sequence}\nevent: shard.written\ndata: {data}"
+
+
+def stream(*messages: str, end: str = "\n\n", cut: str = "") -> httpx.Response:
+    body = "".join(message + end for message in messages) + cut
+    headers = {"Content-Type": "text/event-stream"}
+    return httpx.Response(200, content=body.encode(), headers=headers)
+
+
+def test_events_are_followed_over_connections_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_PAUSE", 0.001)
+    cut = 'id: 4\nevent: shard.written\ndata: {"seq'
+    answers = [
+        stream(
+            "retry: 2000",
+            event(2, text="a line\u2028in a line"),
+            ": nothing new",
+            event(3),
+            cut=cut,
+        ),
+        httpx.ReadError("reset"),
+        httpx.Response(503, json={"detail": "the database is away"}),
+        stream(event(3), event(4), end="\r\n\r\n"),
+        httpx.Response(204),
+    ]
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers["Last-Event-ID"])
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    with client_of(answer, patience_seconds=60) as client:
+        found = list(client.follow("pl-1", after=1))
+
+    assert [entry["sequence"] for entry in found] == [2, 3, 4]
+    assert found[0]["text"] == "a line\u2028in a line"
+    assert asked == ["1", "3", "3", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (httpx.Response(404, json={"detail": "there is no such pipeline"}), "no such pipeline"),
+        (httpx.Response(429, json={"detail": "too many event streams"}), "too many event streams"),
+        (httpx.Response(200, json={}), "it sent no stream of events"),
+        (stream("data: {"), "it sent an event that is no JSON"),
+        (stream(cut=f"data: {'x' * (2 << 20)}"), "it sent a line without an end"),
+    ],
+)
+def test_what_is_no_stream_is_told(answer: httpx.Response, said: str) -> None:
+    with client_of(lambda _: answer) as client, pytest.raises(StillhouseClientError, match=said):
+        list(client.follow("pl-1"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.cli import client
 from stillhouse.cli import main as command_line
-from stillhouse.cli import watch
 from tests.unit.cli.gateway import REPORT, STUDENT, FakeGateway, serving
 
 SPEC = "version: 1\nname: demo\nprompts: {from: 'file:prompts.jsonl'}\n"
@@ -40,7 +40,7 @@ def run(
 ) -> Iterator[Run]:
     """Run the command line in an empty folder, with the fake gateway in its environment."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(client, "_PAUSE", 0.01)
     (tmp_path / "spec.yaml").write_text(SPEC)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi?"}\n')
 

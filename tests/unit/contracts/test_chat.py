@@ -32,7 +32,14 @@ def from_template(template: str) -> ChatTokenizer:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 1 / 0 }}", "{{ 'a' * 300000000 }}", "{{ [0] * 100000 }}", "{{ 2 ** 100000 }}"]
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ 'a' * 300000000 }}",
+        "{{ [1] | tojson(indent=99999) }}",
+        "{{ [0] * 100000 }}",
+        "{{ 2 ** 100000 }}",
+    ],
 )
 def test_a_template_that_fails_or_bloats_is_refused(template: str) -> None:
     with pytest.raises(TemplateRefused, match="refused the conversation"):
@@ -113,6 +120,73 @@ def test_a_template_that_fails_is_refused_by_one_error(template: str) -> None:
 def test_a_template_cannot_leave_its_sandbox(template: str) -> None:
     with pytest.raises(TemplateRefused):
         from_template(template).render(ONE)
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Of <a place> & its 'surroundings', e.g. Z\u00fcrich.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+WITH_CALLS = [
+    *ONE,
+    Message.model_validate(
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "function": {
+                        "name": "weather",
+                        "arguments": '{"city": "Z\u00fcrich", "b": [1]}',
+                    },
+                }
+            ],
+        }
+    ),
+    Message(role="tool", content="21 C", tool_call_id="1", name="weather"),
+]
+# As the templates of Qwen and Hermes write them.
+WITH_TOOLS = (
+    "{%- if tools %}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{%- endif %}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content %}{{- message.content }}{%- endif %}"
+    "{%- if message.tool_calls is defined %}{%- for call in message.tool_calls %}"
+    "{%- set call = call.function %}"
+    "{{- '<tool_call>' + call.name }} {{ call.arguments | tojson(indent=2) }}{{- '</tool_call>' }}"
+    "{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("answered", [False, True])
+def test_functions_and_calls_are_rendered_as_transformers_does(
+    tools: list[dict[str, Any]] | None, answered: bool
+) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    [expected], _ = render_jinja_template(
+        [[message.as_rendered() for message in WITH_CALLS]],
+        tools=tools,
+        chat_template=WITH_TOOLS,
+        add_generation_prompt=not answered,
+    )
+    found = from_template(WITH_TOOLS).render(WITH_CALLS, tools, answered=answered)
+    assert found == expected
+    assert "Z\u00fcrich" in found
+    assert ("<a place> & its 'surroundings'" in found) == bool(tools)
+
+
+@pytest.mark.parametrize("arguments", ["no JSON", "[" * 100_000])
+def test_arguments_that_are_no_json_are_rendered_as_text(arguments: str) -> None:
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    message = Message.model_validate({"role": "assistant", "tool_calls": [call]})
+    assert message.as_rendered()["tool_calls"][0]["function"]["arguments"] == arguments
 
 
 def test_a_template_beyond_the_limit_is_refused() -> None:

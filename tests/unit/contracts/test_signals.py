@@ -192,3 +192,51 @@ def test_a_signal_that_lost_bytes_is_refused(part: str) -> None:
     broken = replace(stored, **{part: getattr(stored, part)[:-2]})
     with pytest.raises(ValueError, match="does not fit itself"):
         signals.decode(broken)
+
+
+# Counts of drawn ids
+
+POSITIONS = st.lists(
+    st.dictionaries(
+        st.integers(0, 2**17), st.integers(1, signals.MAX_DRAWS), min_size=1, max_size=60
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(POSITIONS)
+def test_counts_come_back_as_their_shares_and_nothing_else(positions: list[dict[int, int]]) -> None:
+    stored = signals.encode_counts(positions)
+    assert stored.drawn
+    found = signals.decode(stored)
+    assert found.positions == len(positions)
+    for t, drawn in enumerate(positions):
+        present = np.isfinite(found.logp[t])
+        shares = dict(
+            zip(found.ids[t][present].tolist(), np.exp(found.logp[t][present]), strict=True)
+        )
+        total = sum(drawn.values())
+        assert shares == pytest.approx({i: count / total for i, count in drawn.items()})
+        assert list(found.logp[t]) == sorted(found.logp[t], reverse=True)
+    assert (found.tail == signals.FLOOR).all()
+
+
+@pytest.mark.parametrize("drawn", [{}, {3: 0}, {3: -1}, {3: 256}, {3: 50, 4: 0}])
+def test_counts_that_are_none_are_refused(drawn: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match="position 1: expected counts of 1 to 255"):
+        signals.encode_counts([{1: 1}, drawn])
+
+
+def test_counts_that_do_not_fit_themselves_are_refused() -> None:
+    stored = signals.encode_counts([{1: 30, 2: 20}, {1: 50}])
+    for wrong in (
+        replace(stored, rest=stored.rest[:-1]),
+        replace(stored, ids=stored.ids[:-1]),
+        replace(stored, slots=0),
+        replace(stored, rest=bytes(len(stored.rest))),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            signals.decode(wrong)
+    assert not signals.encode(signals.from_outcomes([{1: -0.5}], 2)).drawn

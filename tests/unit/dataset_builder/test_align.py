@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from services.dataset_builder.vocabulary import Vocabulary
 from stillhouse.contracts import signals
 from stillhouse.contracts.chat import ChatTokenizer
 from stillhouse.contracts.signals import TopK
+from stillhouse.contracts.spec import Signal
 from tests.support.smollm2 import smollm2_chat_tokenizer
 from tests.support.steps import K, honest, make_recipe, outcome, question, reason_of, row_of, spoken
 from tests.support.tiny_tokenizer import CHATML, END, END_ID, START_ID, tiny_chat_tokenizer
@@ -387,3 +390,84 @@ def test_a_real_answer_with_an_emoji_is_text_since_its_first_tokens_are_not_list
     assert row.text == choice["message"]["content"]
     assert len(row.answer_ids) == given["body"]["usage"]["completion_tokens"]
     assert row.answer_ids[-1] == chat.eos_id
+
+
+# Ids drawn from the whole distribution
+
+
+def counted(
+    change: Callable[[dict[str, Any]], object] = lambda body: None, draws: int = 50, **how: Any
+) -> Draft:
+    """A row of an answer of local weights: the sampled token came in most of the draws."""
+
+    def count(body: dict[str, Any]) -> None:
+        for n, position in enumerate(entries(body)):
+            del position["top_logprobs"]
+            position["counts"] = {str(position["id"]): draws - 3, "65": 1, str(66 + n % 5): 2}
+            if len(position["counts"]) < 3:
+                position["counts"] = {str(position["id"]): draws}
+        change(body)
+
+    return row_of(outcome(honest(count, **how), make_recipe(kind="counts")))
+
+
+def test_counts_of_local_weights_are_kept_as_they_were_drawn() -> None:
+    row = counted(max_tokens=64)
+    assert (row.signal, row.signal_reason, row.answer_ids[-1]) == ("counts", None, END_ID)
+    assert row.stored is not None
+    assert row.stored.drawn
+    signal = signal_of(row)
+    assert signal.positions == len(row.answer_ids)
+    for t, sampled in enumerate(row.answer_ids):
+        present = np.isfinite(signal.logp[t])
+        assert signal.ids[t, 0] == sampled
+        assert np.exp(signal.logp[t][present]).sum() == pytest.approx(1)
+
+
+def test_an_end_that_was_not_drawn_is_certain() -> None:
+    row = counted(lambda body: entries(body) and body["choices"][0]["logprobs"]["content"].pop())
+    assert row.answer_ids[-1] == END_ID
+    assert (row.signal, signal_of(row).logp[-1, 0]) == ("counts", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        (None, "no_counts"),
+        ({}, "no_counts"),
+        ({"65": 49}, "counts_malformed"),
+        ({"65": 51}, "counts_malformed"),
+        ({"65": 51, "66": -1}, "counts_malformed"),
+        ({"65": 50, "66": 0}, "counts_malformed"),
+        ({"999999": 50}, "counts_malformed"),
+        ({"-1": 50}, "counts_malformed"),
+        ({"x": 50}, "logprobs_malformed"),
+        ({"65": 1.5}, "logprobs_malformed"),
+    ],
+)
+def test_counts_that_are_not_what_was_asked_for_make_a_row_of_text(
+    counts: object, reason: str
+) -> None:
+    row = counted(lambda body: entries(body)[0].update(counts=counts))
+    assert (row.signal, row.signal_reason) == ("text", reason)
+    assert reason in reasons.TEXT_ROWS
+
+
+def test_most_draws_fit() -> None:
+    recipe = replace(make_recipe(), signal=Signal(kind="counts", draws=255))
+
+    def count(body: dict[str, Any]) -> None:
+        for position in entries(body):
+            position["counts"] = {str(position["id"]): 255}
+
+    assert row_of(outcome(honest(count), recipe)).signal == "counts"
+
+
+# Text given along, without what a teacher would say beside it
+
+
+def test_text_alone_needs_no_usage_and_says_what_it_lacks() -> None:
+    body = json.dumps({"choices": [{"message": {"content": "Hello."}, "finish_reason": "stop"}]})
+    row = row_of(outcome(body))
+    assert (row.signal, row.signal_reason) == ("text", reasons.NO_LOGPROBS)
+    assert list(row.answer_ids) == [*b"Hello.", END_ID]

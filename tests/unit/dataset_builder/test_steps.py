@@ -130,7 +130,6 @@ def test_line_feeds_and_tabs_are_text() -> None:
         (spoken("Hello.", ""), reasons.UNEXPECTED_FINISH),
         (spoken("Hello.", "\x1b[2J"), reasons.UNEXPECTED_FINISH),
         (spoken("", refusal="I cannot help with that."), reasons.REFUSED),
-        (spoken("Hello.", reasoning_content="The user greets."), reasons.REASONING_APART),
         (spoken(""), reasons.EMPTY_ANSWER),
         (spoken(" \n\t "), reasons.EMPTY_ANSWER),
         (spoken("Hi."), reasons.TOO_SHORT),

@@ -95,6 +95,19 @@ def test_file_references_open_below_the_models_folder_unless_told_otherwise(stac
     assert roots.split(os.pathsep) == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
+def test_weights_are_fetched_into_one_folder_from_the_users_hub(stack, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.com")
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    monkeypatch.setenv("EVALUATOR_CACHE_DIR", "/large/disk")
+    one = stack()
+    rows = table(one, tmp_path)
+    assert rows["trainer.worker"].env["TRAINER_CACHE_DIR"] == str(one.root / "cache")
+    assert rows["evaluator.worker"].env["EVALUATOR_CACHE_DIR"] == "/large/disk"
+    assert "DATASET_BUILDER_CACHE_DIR" not in rows["dataset_builder.worker"].env
+    assert rows["trainer.worker"].env["HF_ENDPOINT"] == "https://hub.example.com"
+    assert "HF_TOKEN" not in rows["trainer.worker"].env
+
+
 def test_the_pepper_is_made_once_in_a_private_file(stack):
     one = stack()
     assert one._key_pepper() == one._key_pepper()

@@ -28,7 +28,7 @@ def _spec(duties: list[str]) -> ResolvedSpec:
     return spec.model_copy(update={"verdicts": [verdict]})
 
 
-def _card(spec: ResolvedSpec, model: Figures) -> str:
+def _card(spec: ResolvedSpec, model: Figures, **report_fields: dict[str, str]) -> str:
     manifest = CheckpointManifest(
         tenant_id="t",
         pipeline_id="p",
@@ -55,6 +55,7 @@ def _card(spec: ResolvedSpec, model: Figures) -> str:
         heldout_sha256="a" * 64,
         teacher=Figures(kl_full=0.0),
         model=model,
+        **report_fields,
     )
     cursor = Cursor(step=8, phase="done", rows=32, tokens=480)
     return render_card(
@@ -83,6 +84,23 @@ def test_figures_show_their_intervals_and_what_was_not_measured() -> None:
     assert "16 test rows (400 tokens)" in card
     assert "top1" not in card
     assert "3 too_long" in card
+
+
+def test_a_figure_that_cannot_be_had_stands_there_with_the_reason() -> None:
+    card = _card(_spec([]), Figures(ppl=3.0), unmeasured={"kl_full": "nobody knows the weights"})
+    assert "Not measured:\n\n- `kl_full`: nobody knows the weights.\n" in card
+    assert "lower bound of the true distance" not in card
+    assert "Not measured" not in _card(_spec([]), Figures(kl_top20=0.1))
+
+
+def test_all_teachers_are_named() -> None:
+    teacher = make_resolved_spec().spec.teachers[0].model_dump(by_alias=True)
+    two = [
+        {**teacher, "name": name, "model": f"org/{name}", "weight": 1} for name in ("one", "two")
+    ]
+    card = _card(make_resolved_spec(teachers=two), Figures())
+    assert "A student of `org/one`, `org/two`" in card
+    assert "answers of these teachers" in card
 
 
 def test_words_of_a_catalogue_cannot_break_the_table() -> None:

@@ -207,3 +207,30 @@ def test_a_stored_signal_tells_the_teachers_loss() -> None:
     assert len(found) == 1
     assert found[0].nll == pytest.approx(expected)
     assert found[0].tokens == 7
+
+
+def test_rows_of_drawn_ids_are_measured_by_the_teachers_weights_alone(
+    models: tuple[Any, Any],
+) -> None:
+    """A divergence from counts is biased, and their most frequent id is the likeliest by luck."""
+    model, reference = models
+    rows = [replace(row, signal=None, drawn=True) for row in _rows()]
+    for row, found in zip(rows, _score(model, reference, rows), strict=True):
+        expected = _plain_full(model, reference, row)
+        assert found.kl_full == pytest.approx(expected["kl_full"], rel=1e-4, abs=1e-5)
+        assert found.nll == pytest.approx(expected["nll"], rel=1e-5)
+        assert (found.top1, found.ranked) == (expected["top1"], row.supervised)
+        assert (found.scored, found.kl_top20) == (0, 0.0)
+    for found in _score(model, None, rows):
+        assert (found.ranked, found.scored, found.kl_full) == (0, 0, None)
+    assert stored_sums(rows) == []
+
+
+def _plain_full(model: Any, reference: Any, row: Row) -> dict[str, float]:
+    logq = _logits(model, row).log_softmax(-1).numpy()
+    logp = _logits(reference, row).log_softmax(-1).numpy()
+    return {
+        "kl_full": float((np.exp(logp) * (logp - logq)).sum()),
+        "nll": -sum(logq[t, token] for t, token in enumerate(row.ids[row.prompt_tokens :])),
+        "top1": float(sum(logq.argmax(-1) == logp.argmax(-1))),
+    }

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from services.evaluator.report import RowsPart, choose, row_figures, teacher_stops
+from services.evaluator.report import (
+    RowsPart,
+    choose,
+    row_figures,
+    teacher_stops,
+    unmeasured,
+)
 from services.evaluator.statistics import RowSums
 from services.evaluator.suite import Row, Suite, plan_parts
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.shards import Heldout
+from stillhouse.contracts.signals import StoredTopK
 from stillhouse.contracts.trainings import Figures, Report
+from tests.support.shards import make_resolved_spec
 
 REF = ObjectRef(key="heldout.json", size=1, sha256="a" * 64)
 HELDOUT = Heldout(
@@ -94,3 +102,59 @@ def test_the_teacher_stops_within_what_the_student_may_say() -> None:
     assert teacher_stops(rows) == [True, True, False]
     # Four supervised tokens are three and the end of turn.
     assert teacher_stops(rows, most_tokens=4) == [True, False, False]
+
+
+TOPK = StoredTopK(1, b"", b"", b"", b"")
+
+
+def _scored(signal: StoredTopK | None, drawn: bool = False) -> Row:
+    return Row("r", "p", "", "", "stop", (1, 2, 3), 1, signal, drawn)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reference", "rows", "said"),
+    [
+        (["file:/w"], "file:/w", [_scored(TOPK)], {}),
+        (["file:/w"], "file:/w", [_scored(TOPK), _scored(None)], {}),
+        ([None], None, [_scored(TOPK)], {"kl_full": "no weights of the teacher"}),
+        (["file:/w"], None, [_scored(TOPK)], {"kl_full": "tokenizer is not the student's"}),
+        (
+            ["file:/w", "file:/v"],
+            None,
+            [_scored(TOPK)],
+            {"kl_full": "teachers are not all the same weights"},
+        ),
+        (
+            ["file:/w"],
+            "file:/w",
+            [_scored(None)],
+            {"kl_top20": "text alone", "top1": "not known"},
+        ),
+        (["file:/w"], "file:/w", [_scored(None, drawn=True)], {"kl_top20": "biased"}),
+        (
+            ["file:/w", "file:/v"],
+            None,
+            [_scored(None, drawn=True)],
+            {"kl_full": "the same weights", "kl_top20": "biased", "top1": "not known"},
+        ),
+    ],
+)
+def test_a_report_says_which_figures_it_cannot_have_and_why(
+    weights: list[str | None], reference: str | None, rows: list[Row], said: dict[str, str]
+) -> None:
+    teachers = [
+        {
+            "name": f"t{number}",
+            "url": "http://h/v1",
+            "model": "m",
+            "terms": "own-weights",
+            "usd_per_million": {"input": 0, "output": 0},
+            "reference": found,
+            "weight": 1,
+        }
+        for number, found in enumerate(weights)
+    ]
+    spec = make_resolved_spec(teachers=teachers).model_copy(update={"reference": reference})
+    found = unmeasured(spec, rows)
+    assert set(found) == set(said)
+    assert all(words in found[name] for name, words in said.items())

@@ -15,6 +15,7 @@ def _row(n: int, tokens: int, kl: float, prompt: str | None = None) -> RowSums:
         prompt_id=prompt or f"p{n}",
         tokens=tokens,
         scored=tokens,
+        ranked=tokens,
         nll=tokens * 0.5,
         top1=tokens // 2,
         kl_top20=tokens * kl,

@@ -279,6 +279,57 @@ def test_bad_requests_are_refused_as_an_endpoint_does(tmp_path: Path) -> None:
             assert post(messages=[{"role": "king", "content": "x"}]) == 400
 
 
+def test_vllm_names_tokens_by_text_and_bytes_or_by_id_alone(tmp_path: Path) -> None:
+    with running_teacher(tmp_path / "log", api="vllm") as teacher:
+        answer = ask(teacher, "go", max_tokens=64).json()
+        by_id = ask(teacher, "go", max_tokens=64, return_tokens_as_token_ids=True).json()
+    said = spoken("go")
+    choice = answer["choices"][0]
+    listed = choice["logprobs"]["content"]
+    assert (answer["prompt_logprobs"], choice["message"]["reasoning"]) == (None, None)
+    assert all("id" not in outcome for entry in listed for outcome in entry["top_logprobs"])
+    assert [len(entry["top_logprobs"]) for entry in listed] == [5] * len(said.ids)
+    for entry in listed:
+        assert entry["top_logprobs"][0]["token"] == entry["token"]
+        assert entry["top_logprobs"][-1]["logprob"] == -9999.0
+        assert bytes(entry["bytes"]) == entry["token"].encode()
+    named = [entry["token"] for entry in by_id["choices"][0]["logprobs"]["content"]]
+    assert named == [f"token_id:{i}" for i in said.ids]
+
+
+def test_anthropic_refuses_what_its_schema_does_not_allow(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "When?"}
+    use = {"type": "tool_use", "id": "t1", "name": "now", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "noon"}
+    used = {"role": "assistant", "content": [use]}
+    with running_teacher(tmp_path / "log", api="anthropic", api_key="k") as teacher:
+        headers = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
+
+        def post(*turns: Any, sent: dict[str, str] = headers, **more: Any) -> tuple[int, str]:
+            body = {"model": MODEL, "max_tokens": 8, "messages": list(turns) or [user], **more}
+            with httpx.Client(trust_env=False, timeout=5) as client:
+                answer = client.post(f"{teacher.url}/messages", json=body, headers=sent)
+            return answer.status_code, (answer.json().get("error") or {}).get("type", "")
+
+        assert post() == (200, "")
+        assert post(user, used, {"role": "user", "content": [result]}) == (200, "")
+        assert post(sent={"x-api-key": "k"}) == (400, "invalid_request_error")
+        assert post(sent={"anthropic-version": "2023-06-01"}) == (401, "authentication_error")
+        assert post(model="another") == (404, "not_found_error")
+        for refused in (
+            [{"role": "system", "content": "x"}],
+            [{"role": "assistant", "content": "x"}],
+            [{"role": "user", "content": ""}],
+            [user, used],
+            [user, used, user],
+            [user, {"role": "user", "content": [result]}],
+        ):
+            assert post(*refused) == (400, "invalid_request_error"), refused
+        for field in ({"seed": 1}, {"n": 1}, {"temperature": 1.5}, {"max_tokens": 0}):
+            assert post(**field) == (400, "invalid_request_error"), field
+        assert len(teacher.invoices()) == 2
+
+
 def test_answers_vary_by_attempt_on_demand(tmp_path: Path) -> None:
     with running_teacher(tmp_path / "log", vary=True) as teacher:
         texts = {ask(teacher, "go").json()["choices"][0]["message"]["content"] for _ in range(4)}

@@ -12,7 +12,14 @@ import pytest
 
 from services.teacher_gateway.asking import Asked, Attempt, Fenced, Result
 from services.teacher_gateway.parts import PART_ANSWERS, decode_part
-from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry, Usage
+from services.teacher_gateway.teachers.outcomes import (
+    Answered,
+    Call,
+    Outcome,
+    Reject,
+    Retry,
+    Usage,
+)
 from services.teacher_gateway.timeouts import EMBEDDED
 from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.storage import AlreadyExists
@@ -71,10 +78,10 @@ class Teacher:
         self.calls: list[str] = []
         self.latency = 0.0
 
-    async def __call__(self, messages: list[Message], *, seed_of: str, deadline: float) -> Outcome:
-        self.calls.append(seed_of)
+    async def __call__(self, call: Call, *, deadline: float) -> Outcome:
+        self.calls.append(call.seed_of)
         await asyncio.sleep(self.latency)
-        planned = self.outcomes.get(seed_of.replace("-", "_"), [])
+        planned = self.outcomes.get(call.seed_of.replace("-", "_"), [])
         if not planned:
             return Answered("{}", Usage(1, 1))
         return planned.pop(0) if len(planned) > 1 else planned[0]
@@ -123,7 +130,7 @@ def test_parts_hold_sixteen_answers_in_sequence() -> None:
     assert sorted(name for part in books.parts for name in part) == sorted(
         f"i-{n}" for n in range(40)
     )
-    assert [ref.key for ref in result.parts] == ["k-1", "k-2", "k-3"]
+    assert [part.ref.key for part in result.parts] == ["k-1", "k-2", "k-3"]
 
 
 def test_no_more_answers_than_a_crash_may_lose_are_ever_unstored() -> None:

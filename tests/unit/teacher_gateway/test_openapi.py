@@ -38,7 +38,7 @@ def test_every_route_is_in_the_document(document: dict[str, Any]) -> None:
         for method in route.methods
     }
     assert {(path, method) for path, method, _ in operations(document)} == routed
-    assert len(routed) == 15
+    assert len(routed) == 23
 
 
 def test_every_error_is_declared_as_a_problem(document: dict[str, Any]) -> None:
@@ -76,6 +76,16 @@ def test_every_reference_of_the_document_leads_somewhere(document: dict[str, Any
 def test_a_spec_is_taken_as_json_and_as_yaml(document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/pipelines"]["post"]["requestBody"]["content"]
     assert {"application/json", "application/yaml", "application/x-yaml"} <= set(content)
+
+
+def test_the_stream_of_events_is_described_message_by_message(document: dict[str, Any]) -> None:
+    operation = document["paths"]["/v1/pipelines/{pipeline_id}/events/stream"]["get"]
+    item = operation["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    event = item["properties"]["data"]["contentSchema"]
+    assert event == {"$ref": "#/components/schemas/EventView"}
+    assert {"204", "404", "429"} <= set(operation["responses"])
+    names = {parameter["name"] for parameter in operation["parameters"]}
+    assert names == {"pipeline_id", "after", "Last-Event-ID"}
 
 
 def test_making_an_app_opens_nothing(tmp_path: Path) -> None:

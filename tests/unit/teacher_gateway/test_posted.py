@@ -72,10 +72,9 @@ def test_yaml_and_json_of_a_spec_are_the_same_spec(media: str) -> None:
         ),
         (
             "file:/x/prompts.jsonl",
-            "s3://bucket/prompts.jsonl",
+            "s3://bucket",
             ["prompts.from"],
-            "`prompts.from` `s3:` references are not built yet: copy the files to a folder that "
-            "the operator named and use `file:`",
+            "`prompts.from` expected s3://bucket/key, found 's3://bucket'",
         ),
         (
             "layers: 20, ",

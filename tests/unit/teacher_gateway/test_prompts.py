@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from services.teacher_gateway.prompts import (
+from services.teacher_gateway.prompt_lines import (
     ACCEPT_REASONS,
     MAX_LINE_BYTES,
+    PromptLine,
+    prompt_sha256,
+)
+from services.teacher_gateway.prompt_sources import upload_digest
+from services.teacher_gateway.prompts import (
     Prompt,
     PromptsRefused,
     RefusedLine,
     judge_all,
-    prompt_sha256,
-    read_messages,
+    read_again,
     read_prompts,
-    upload_digest,
 )
 from stillhouse.contracts.chat import Message, TemplateRefused
 
@@ -31,12 +34,19 @@ def judge(
     data = b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
     file = io.BytesIO(data)
 
-    def tokens_of(messages: list[Message]) -> int:
-        if messages[0].content == "refuse me":
+    def tokens_of(line: PromptLine) -> int:
+        if line.messages[0].content == "refuse me":
             raise TemplateRefused("the chat template refused the conversation: no")
-        return sum(len(message.content) for message in messages)
+        return sum(len(message.text) for message in line.messages)
 
-    found = read_prompts(file, max_lines=max_lines, max_tokens=max_tokens, tokens_of=tokens_of)
+    found = read_prompts(
+        file,
+        max_lines=max_lines,
+        max_line_bytes=MAX_LINE_BYTES,
+        max_tokens=max_tokens,
+        teacher_of=lambda line, sha256: "t",
+        tokens_of=tokens_of,
+    )
     return file, list(found)
 
 
@@ -62,11 +72,14 @@ def only_reason(line: object) -> tuple[str, str]:
         ({"prompt": "x", "messages": []}, "invalid_prompt", 'either "messages" or "prompt"'),
         ({"prompt": 3}, "invalid_prompt", "not a text"),
         ({"messages": []}, "invalid_prompt", "not a list with a message"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_prompt", "role"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "invalid_prompt", "role"),
         ({"messages": [{"role": "user", "content": [1]}]}, "invalid_prompt", "content"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "invalid_prompt", "last message"),
         ({"prompt": "a\0b"}, "invalid_prompt", "NUL"),
-        (b'{"prompt": "\\ud800"}', "invalid_prompt", "content"),
+        (b'{"prompt": "\\ud800"}', "invalid_prompt", "U+D800, half of a surrogate pair"),
+        (b'{"\\ud800": 1}', "invalid_prompt", "found ?"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "invalid_prompt", "not JSON"),
+        (b'{"prompt": NaN}', "invalid_prompt", "NaN is no JSON"),
         ({"prompt": "x" * 50}, "prompt_too_long", "it has 50 tokens"),
         ({"messages": [{"role": "user", "content": "x"}] * 257}, "prompt_too_long", "256"),
         ({"prompt": "refuse me"}, "template_refused", "refused the conversation"),
@@ -87,10 +100,10 @@ def test_both_forms_are_read_and_other_keys_are_ignored() -> None:
     assert [p.tokens for p in found if isinstance(p, Prompt)] == [3, 5]
     second = found[1]
     assert isinstance(second, Prompt)
-    assert [m.content for m in read_messages(file, second)] == ["be", "two"]
+    assert [m.content for m in read_again(file, second).messages] == ["be", "two"]
     first = found[0]
     assert isinstance(first, Prompt)
-    assert read_messages(file, first) == [Message(role="user", content="one")]
+    assert read_again(file, first).messages == [Message(role="user", content="one")]
 
 
 def test_prompts_that_differ_in_form_alone_are_duplicates() -> None:
@@ -122,11 +135,20 @@ def test_a_line_of_ten_megabytes_is_refused_without_being_held(tmp_path: Path) -
         out.write(b'"}\n{"prompt": "after"}\n')
     with path.open("rb") as file:
         tracemalloc.start()
-        found = list(read_prompts(file, max_lines=9, max_tokens=9, tokens_of=None))
+        found = list(
+            read_prompts(
+                file,
+                max_lines=9,
+                max_line_bytes=MAX_LINE_BYTES,
+                max_tokens=9,
+                teacher_of=lambda line, sha256: "t",
+                tokens_of=None,
+            )
+        )
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert isinstance(found[2], Prompt)
-        assert read_messages(file, found[2])[0].content == "after"
+        assert read_again(file, found[2]).messages[0].content == "after"
     assert isinstance(found[1], RefusedLine)
     assert (found[1].line, found[1].reason) == (2, "prompt_too_long")
     assert peak < 5 * MAX_LINE_BYTES

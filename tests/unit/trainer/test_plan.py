@@ -70,7 +70,7 @@ def test_settings_replace_single_times_of_the_profile() -> None:
     assert settings.times.wait == 7
     assert settings.times.segment == TIMES["embedded"].segment
     assert settings.times.lease.ttl == 9
-    assert [str(root) for root in settings.roots] == ["/a", "/b"]
+    assert [str(root) for root in settings.file_roots] == ["/a", "/b"]
 
 
 def test_an_unknown_setting_is_named() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from services.trainer.optim import Optimizer
+from services.trainer.settings import TrainerSettings
 from services.trainer.student import (
     block_influence,
     layers_to_keep,
@@ -24,6 +25,7 @@ from services.trainer.student import (
 )
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.model_folder import CONFIG_FIELDS
+from stillhouse.chassis.references import Sources, sources_of
 from stillhouse.contracts.spec import Training
 from tests.support.shards import tiny_student
 
@@ -96,6 +98,10 @@ def test_a_pruned_student_loads_with_from_pretrained(folder: Path, tmp_path: Pat
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+def below(folder: Path) -> Sources:
+    return sources_of(TrainerSettings(broker_url="memory://", file_roots=str(folder)), {})
+
+
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])
 def test_other_architectures_are_pruned_too(kind: str, tmp_path: Path) -> None:
     import transformers
@@ -110,7 +116,7 @@ def test_other_architectures_are_pruned_too(kind: str, tmp_path: Path) -> None:
         head_dim=8,
     )
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path / "whole")
-    model = open_reference(f"file:{tmp_path / 'whole'}", [tmp_path], tmp_path / "scratch")
+    model = open_reference(f"file:{tmp_path / 'whole'}", below(tmp_path), tmp_path / "scratch")
     prune(model, [0, 2])
     out = tmp_path / "out"
     out.mkdir()
@@ -133,7 +139,7 @@ def test_fields_that_name_code_never_reach_transformers(
         return open_folder(scratch)
 
     monkeypatch.setattr("services.trainer.student.open_folder", look)
-    open_reference(f"file:{folder}", [tmp_path], tmp_path / "scratch")
+    open_reference(f"file:{folder}", below(tmp_path), tmp_path / "scratch")
     assert seen
     assert not any("attn_implementation" in name for name in seen)
 
@@ -142,7 +148,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(folder: Path, tmp_path
     index = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(PermanentError, match="expected files beside it"):
-        open_reference(f"file:{folder}", [tmp_path], tmp_path / "scratch")
+        open_reference(f"file:{folder}", below(tmp_path), tmp_path / "scratch")
 
 
 def test_an_optimiser_goes_on_from_its_saved_state_in_the_same_bits(folder: Path) -> None:

@@ -61,6 +61,97 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("prefix"),
     )
     op.create_table(
+        "accounts",
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("budget_microusd", BIG, nullable=False),
+        sa.Column("spent_microusd", BIG, nullable=False),
+        sa.Column("reserved_microusd", BIG, nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.tenant_id"],
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "name"),
+    )
+    op.create_table(
+        "account_charges",
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("account", sa.String(length=63), nullable=False),
+        sa.Column("charge_id", sa.String(length=80), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("answers", sa.Integer(), nullable=False),
+        sa.Column("microusd", BIG, nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.Column("booked_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "account"],
+            ["accounts.tenant_id", "accounts.name"],
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "account", "charge_id"),
+    )
+    op.create_index(
+        "account_charges_by_age",
+        "account_charges",
+        ["tenant_id", "account", "booked_at", "charge_id"],
+        unique=False,
+    )
+    op.create_table(
+        "teachers",
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("name", sa.String(length=63), nullable=False),
+        sa.Column("registration", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("updated_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.tenant_id"],
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "name"),
+    )
+    op.create_table(
+        "tranches",
+        sa.Column("tranche_id", sa.String(length=63), nullable=False),
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("account", sa.String(length=63), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("microusd", BIG, nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "account"],
+            ["accounts.tenant_id", "accounts.name"],
+        ),
+        sa.PrimaryKeyConstraint("tranche_id"),
+    )
+    op.create_index("tranches_due", "tranches", ["state", "expires_at"], unique=False)
+    op.create_table(
+        "captured",
+        sa.Column("batch_id", sa.String(length=63), nullable=False),
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("teacher", sa.String(length=63), nullable=False),
+        sa.Column("verdict_id", sa.String(length=63), nullable=False),
+        sa.Column("terms", sa.String(length=200), nullable=False),
+        sa.Column("first_at", sa.Float(), nullable=False),
+        sa.Column("last_at", sa.Float(), nullable=False),
+        sa.Column("records", sa.Integer(), nullable=False),
+        sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("microusd", BIG, nullable=False),
+        sa.Column("tags", sa.Text(), nullable=False),
+        sa.Column("reasons", sa.Text(), nullable=False),
+        sa.Column("last_failures", sa.Text(), nullable=False),
+        sa.Column("ref", sa.Text(), nullable=False),
+        sa.Column("stored_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.tenant_id"],
+        ),
+        sa.PrimaryKeyConstraint("batch_id"),
+    )
+    op.create_index(
+        "captured_by_time", "captured", ["tenant_id", "first_at", "batch_id"], unique=False
+    )
+    op.create_index("captured_by_age", "captured", ["tenant_id", "stored_at"], unique=False)
+    op.create_table(
         "pipelines",
         sa.Column("pipeline_id", sa.String(length=63), nullable=False),
         sa.Column("tenant_id", sa.String(length=63), nullable=False),
@@ -116,6 +207,8 @@ def upgrade() -> None:
         sa.Column("batch", sa.Integer(), nullable=False),
         sa.Column("tenant_id", sa.String(length=63), nullable=False),
         sa.Column("split", sa.String(length=16), nullable=False),
+        sa.Column("teacher", sa.String(length=63), nullable=False),
+        sa.Column("endpoint", sa.String(length=64), nullable=False),
         sa.Column("items", sa.Integer(), nullable=False),
         sa.Column("prompts", sa.Text(), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
@@ -132,6 +225,7 @@ def upgrade() -> None:
         sa.Column("answers", sa.Integer(), nullable=False),
         sa.Column("rejected", sa.Integer(), nullable=False),
         sa.Column("closed_at", sa.Float(), nullable=True),
+        sa.Column("provider_batch", sa.Integer(), nullable=True),
         sa.ForeignKeyConstraint(
             ["pipeline_id"],
             ["pipelines.pipeline_id"],
@@ -139,6 +233,39 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("pipeline_id", "batch"),
     )
     op.create_index("batches_due", "batches", ["state", "next_attempt_at"], unique=False)
+    op.create_table(
+        "provider_batches",
+        sa.Column("pipeline_id", sa.String(length=63), nullable=False),
+        sa.Column("batch", sa.Integer(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("items", sa.Text(), nullable=False),
+        sa.Column("file_id", sa.String(length=500), nullable=False),
+        sa.Column("provider_id", sa.String(length=500), nullable=False),
+        sa.Column("status", sa.String(length=32), nullable=False),
+        sa.Column("form", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("unwanted_since", sa.Float(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["pipeline_id"],
+            ["pipelines.pipeline_id"],
+        ),
+        sa.PrimaryKeyConstraint("pipeline_id", "batch", "number"),
+    )
+    op.create_index("provider_batches_by_state", "provider_batches", ["state"], unique=False)
+    op.create_table(
+        "cached_answers",
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("key", sa.String(length=64), nullable=False),
+        sa.Column("part", sa.Text(), nullable=False),
+        sa.Column("item_id", sa.String(length=80), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.tenant_id"],
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "key"),
+    )
     op.create_table(
         "charges",
         sa.Column("pipeline_id", sa.String(length=63), nullable=False),
@@ -148,6 +275,7 @@ def upgrade() -> None:
         sa.Column("batch", sa.Integer(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=True),
         sa.Column("answers", sa.Integer(), nullable=False),
+        sa.Column("cached", sa.Integer(), nullable=False),
         sa.Column("microusd", BIG, nullable=False),
         sa.Column("detail", sa.Text(), nullable=False),
         sa.Column("booked_at", sa.Float(), nullable=False),
@@ -210,15 +338,60 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("pipeline_id", "step", "pair"),
     )
+    op.create_table(
+        "teacher_endpoints",
+        sa.Column("endpoint", sa.String(length=64), nullable=False),
+        sa.Column("clock", sa.Float(), nullable=False),
+        sa.Column("requests_at", sa.Float(), nullable=False),
+        sa.Column("tokens_at", sa.Float(), nullable=False),
+        sa.Column("tokens_unused", BIG, nullable=False),
+        sa.Column("concurrency", sa.Float(), nullable=True),
+        sa.Column("lowered_at", sa.Float(), nullable=False),
+        sa.Column("raised_at", sa.Float(), nullable=False),
+        sa.Column("pace", sa.Float(), nullable=True),
+        sa.Column("cool_until", sa.Float(), nullable=False),
+        sa.Column("away", sa.Integer(), nullable=False),
+        sa.Column("open_until", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("endpoint"),
+    )
+    op.create_table(
+        "teacher_shares",
+        sa.Column("endpoint", sa.String(length=64), nullable=False),
+        sa.Column("holder", sa.String(length=80), nullable=False),
+        sa.Column("epoch", sa.Integer(), nullable=False),
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("pipeline_id", sa.String(length=63), nullable=False),
+        sa.Column("calls", sa.Integer(), nullable=False),
+        sa.Column("wanted", sa.Integer(), nullable=False),
+        sa.Column("running", sa.Integer(), nullable=False),
+        sa.Column("most", sa.Integer(), nullable=False),
+        sa.Column("requests_per_minute", BIG, nullable=True),
+        sa.Column("tokens_per_minute", BIG, nullable=True),
+        sa.Column("until", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["endpoint"],
+            ["teacher_endpoints.endpoint"],
+        ),
+        sa.PrimaryKeyConstraint("endpoint", "holder"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("teacher_shares")
+    op.drop_table("teacher_endpoints")
+    op.drop_table("cached_answers")
+    op.drop_table("provider_batches")
     op.drop_table("redrives")
     op.drop_table("items")
     op.drop_table("history")
     op.drop_table("charges")
     op.drop_table("batches")
     op.drop_table("pipelines")
+    op.drop_table("captured")
+    op.drop_table("tranches")
+    op.drop_table("teachers")
+    op.drop_table("account_charges")
+    op.drop_table("accounts")
     op.drop_table("api_keys")
     op.drop_table("tenants")
     op.drop_table("outbox")

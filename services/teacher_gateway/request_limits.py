@@ -43,7 +43,7 @@ class RequestLimits:
             self._check_host(scope)
             self._check_headers(scope, limit)
         except ProblemError as error:
-            await _drain(receive)
+            await drain(receive)
             await error.response()(scope, receive, send)
             return
         counted = 0
@@ -61,7 +61,7 @@ class RequestLimits:
             complete = not message.get("more_body", False)
             if counted > limit:
                 if not complete:
-                    await _drain(receive)
+                    await drain(receive)
                 raise _too_large(limit)
             return message
 
@@ -82,15 +82,8 @@ class RequestLimits:
         if scope["path"] in _PROBES:
             return  # an orchestrator asks by address
         found = [value for name, value in scope["headers"] if name == b"host"]
-        match = _HOST.fullmatch(found[0].decode("latin-1")) if len(found) == 1 else None
-        name = (match["six"] or match["name"]).lower() if match else None
-        if name not in self._hosts:
-            raise ProblemError(
-                400,
-                "host",
-                "the Host header names another server; an operator adds names with "
-                "TEACHER_GATEWAY_ALLOWED_HOSTS",
-            )
+        if len(found) != 1 or not host_is_allowed(found[0], self._hosts):
+            raise wrong_host()
 
     def _check_headers(self, scope: Scope, limit: int) -> None:
         headers = dict(scope["headers"])
@@ -104,6 +97,21 @@ class RequestLimits:
             raise _too_large(limit)
 
 
+def host_is_allowed(header: bytes, hosts: frozenset[str]) -> bool:
+    """Whether a Host header names one of these; a port beside the name does not matter."""
+    match = _HOST.fullmatch(header.decode("latin-1"))
+    return match is not None and (match["six"] or match["name"]).lower() in hosts
+
+
+def wrong_host() -> ProblemError:
+    return ProblemError(
+        400,
+        "host",
+        "the Host header names another server; an operator adds names with "
+        "TEACHER_GATEWAY_ALLOWED_HOSTS",
+    )
+
+
 def _too_large(limit: int) -> ProblemError:
     return ProblemError(
         413,
@@ -113,7 +121,9 @@ def _too_large(limit: int) -> ProblemError:
     )
 
 
-async def _drain(receive: Receive) -> None:
+async def drain(receive: Receive) -> None:
+    """Read on for a while what is refused already, so that its sender hears the answer."""
+
     async def read() -> None:
         left = DRAIN_BYTES
         while left > 0:

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from services.teacher_gateway import limits
-from services.teacher_gateway.limits import RequestLimits
+from services.teacher_gateway import request_limits
+from services.teacher_gateway.request_limits import RequestLimits
 
 LIMIT = 1000
 
@@ -107,7 +107,7 @@ def test_an_unannounced_body_is_counted_as_it_comes_and_never_kept() -> None:
 
 
 def test_reading_a_refused_body_ends_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "DRAIN_BYTES", 1000)
+    monkeypatch.setattr(request_limits, "DRAIN_BYTES", 1000)
     chunks = (b"x" * 100 for _ in range(5000))
     status, _, taken = ask([HOST], chunks)
     assert (status, taken) == (413, 21)
@@ -123,8 +123,8 @@ def test_a_coded_body_is_refused(coding: bytes) -> None:
 
 
 def test_a_body_that_stalls_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(limits, "DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr(request_limits, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(request_limits, "DRAIN_SECONDS", 0.05)
     status, body, _ = ask([HOST], stall=True)
     assert status == 408
     assert "stalled" in body

@@ -1,0 +1,58 @@
+"""Findings of a preflight: one a thing, each with its verdict and what to change."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from services.teacher_gateway.fitness import Unfit
+from services.teacher_gateway.preflight.views import Estimate, Finding, Topic
+
+Verdict = Literal["ok", "warning", "unfit", "unknown"]
+
+
+class Findings:
+    """Findings in the order in which they are added."""
+
+    def __init__(self, teacher: str | None) -> None:
+        self._teacher = teacher
+        self._found: list[Finding] = []
+
+    def add(
+        self,
+        topic: Topic,
+        value: str,
+        verdict: Verdict = "ok",
+        *,
+        field: str | None = None,
+        message: str = "",
+        reason: str = "",
+    ) -> None:
+        self._found.append(
+            Finding(
+                teacher=self._teacher,
+                topic=topic,
+                value=value,
+                verdict=verdict,
+                field=field,
+                message=message,
+                reason=reason,
+            )
+        )
+
+    def refuse(self, topic: Topic, value: str, why: Unfit) -> None:
+        self.add(topic, value, "unfit", field=why.field, message=why.detail, reason=why.reason)
+
+
+def plain(estimate: Estimate, form: str) -> str:
+    """A figure with its interval, for people."""
+    said = format(estimate.value, form)
+    if estimate.low is None or estimate.high is None:
+        return f"about {said} (one answer)"
+    return f"{said} ({estimate.low:{form}} to {estimate.high:{form}}, n {estimate.n})"
+
+
+def percent(estimate: Estimate) -> str:
+    found = f"{100 * estimate.value:.0f} %"
+    if estimate.low is None or estimate.high is None:
+        return found
+    return f"{found} ({100 * estimate.low:.0f} to {100 * estimate.high:.0f} %, n {estimate.n})"

@@ -1,0 +1,221 @@
+"""What was heard of one teacher, judged."""
+
+from __future__ import annotations
+
+from services.teacher_gateway.admission import Survey
+from services.teacher_gateway.fitness import other_tokenizer
+from services.teacher_gateway.preflight.findings import Findings, percent, plain
+from services.teacher_gateway.preflight.forecast import UNCHANGED_NATS
+from services.teacher_gateway.preflight.heard import Heard
+from services.teacher_gateway.preflight.views import Finding, TeacherPreflight
+from services.teacher_gateway.teachers.outcomes import Answered, Reject
+from stillhouse.contracts.spec import Signal, Spec
+
+# Divergence between two answers to the same question, in nats a token. SmolLM2-135M in bf16 is up
+# to 0.002 from itself in a batch of another shape, and up to 0.004 from float32; where replicas
+# differ by more, a student would learn their noise.
+AGREED_NATS = 0.01
+FEWEST_ENDED = 0.8
+
+
+class TeacherFindings(Findings):
+    def __init__(self, one: Heard, teacher: TeacherPreflight, spec: Spec) -> None:
+        super().__init__(one.teacher.name)
+        self._one = one
+        self._figures = teacher
+        self._spec = spec
+        self._name = one.teacher.name
+
+    def all(self, survey: Survey) -> list[Finding]:
+        one = self._one
+        if one.skipped:
+            self.add("answers", "not asked", "unknown", message=one.skipped)
+        elif one.found is None or not isinstance(one.found.outcome, Answered | Reject):
+            assert one.unfit is not None, "whoever does not answer is unfit"
+            self.refuse("answers", "none", one.unfit)
+        else:
+            self._signal(one.found.signal)
+            self._agreement()
+            self._raw()
+            self._answers()
+        self._terms(survey)
+        return self._found
+
+    def _signal(self, signal: Signal) -> None:
+        one, value = self._one, "text"
+        if signal.kind == "topk":
+            value = f"topk, {signal.k} log-probabilities"
+        if one.unfit is not None:
+            self.refuse("signal", value, one.unfit)
+        elif self._spec.signal.kind == "text" and signal.kind == "topk":
+            self.add("signal", f"text; it would also give {value}")
+        elif self._spec.signal.kind == "auto" and one.found and one.found.unfit:
+            self.add("signal", value, message=one.found.unfit.detail)
+        else:
+            self.add("signal", value)
+
+    def _agreement(self) -> None:
+        nats = self._one.disagreement
+        if nats is None:
+            if why := self._one.unanswered.get("again-1"):
+                message = f"teacher {self._name!r} did not answer the same again ({why})"
+                self.add("agreement", "not known", "warning", message=message)
+            return
+        value = f"{nats:.4f} nats apart, asked at once"
+        if nats <= AGREED_NATS:
+            self.add("agreement", value)
+            return
+        self.add(
+            "agreement",
+            value,
+            "unfit",
+            field=self._one.place,
+            message=f"teacher {self._name!r} gives other log-probabilities each time it is asked "
+            f"the same ({nats:.4f} nats apart, at most {AGREED_NATS:g} can be trained on): its "
+            "replicas serve different weights or quantisations; use one deployment of your own, "
+            "or `signal.kind: text` with `training.loss: sft`",
+            reason="replicas_disagree",
+        )
+
+    def _raw(self) -> None:
+        one = self._one
+        if not one.changes and not one.unanswered:
+            return
+        moved = [name for name, change in one.changes.items() if change > UNCHANGED_NATS]
+        refused = [name for name in ("temperature", "top_p") if name in one.unanswered]
+        if moved:
+            self.add(
+                "raw_logprobs",
+                f"they follow {' and '.join(moved)}",
+                "warning",
+                field=one.place,
+                message=f"teacher {self._name!r} gives log-probabilities after its sampling "
+                "settings. A pipeline asks at temperature 1 and top_p 1, where they are the "
+                "model's own unless the server adds settings of its own (top_k, penalties): "
+                "serve raw ones if you can (vLLM: --logprobs-mode raw_logprobs)",
+            )
+        elif refused:
+            said = one.unanswered[refused[0]]
+            self.add(
+                "raw_logprobs",
+                "not known",
+                "warning",
+                message=f"teacher {self._name!r} was not asked with another "
+                f"{' and '.join(refused)} ({said}), so nobody knows whether its log-probabilities "
+                "are the model's own",
+            )
+        else:
+            self.add("raw_logprobs", "the same at temperature 0.5 and at top_p 0.5")
+
+    def _answers(self) -> None:
+        one = self._one
+        asked = len(one.answers) + len(one.failures)
+        if not asked:
+            if one.unasked:
+                message = "the limits of the spec, or others who ask it, left no turn in time"
+                self.add("answers", "no prompt was asked", "warning", message=message)
+            return
+        value = f"{len(one.answers)} of {asked} prompts"
+        if not one.answers:
+            self.add(
+                "answers",
+                value,
+                "unfit",
+                field=one.place,
+                message=f"teacher {self._name!r} answers a short question and none of the spec's "
+                f"prompts ({one.failures[0]})",
+                reason="no_prompt_answered",
+            )
+            return
+        if one.failures:
+            self.add(
+                "answers",
+                value,
+                "warning",
+                message=f"some prompts had no answer ({one.failures[0]}); in a pipeline each is "
+                "tried again, and then rejected",
+            )
+        else:
+            self.add("answers", value)
+        self._tokenizer()
+        self._token_ids()
+        self._ends()
+
+    def _tokenizer(self) -> None:
+        one, of = self._one, len(self._one.answers)
+        value = f"{of - one.mismatched} of {of} prompts have as many tokens as in our rendering"
+        if not one.mismatched:
+            self.add("tokenizer", value)
+        elif one.found is None or one.found.signal.kind != "topk" or self._is_text:
+            self.add("tokenizer", value, message="text may come from another tokenizer")
+        elif 2 * one.mismatched > of:
+            first = next(a for a in one.answers if a.prompt_tokens != a.rendered_tokens)
+            why = other_tokenizer(
+                self._name,
+                one.place,
+                f"counted {first.prompt_tokens} tokens in a prompt of the spec that our tokenizer "
+                f"and chat template render to {first.rendered_tokens} ({one.mismatched} of {of} "
+                "prompts differ)",
+            )
+            self.refuse("tokenizer", value, why)
+        else:
+            self.add(
+                "tokenizer",
+                value,
+                "warning",
+                field=f"{one.place}.reference",
+                message=f"{one.mismatched} of {of} prompts would be rejected: teacher "
+                f"{self._name!r} renders them otherwise than our chat template (system messages, "
+                "tools and several turns are where templates differ)",
+            )
+
+    @property
+    def _is_text(self) -> bool:
+        return self._spec.signal.kind == "text"
+
+    def _token_ids(self) -> None:
+        judged = [a.ids_match for a in self._one.answers if a.ids_match is not None]
+        if not judged:
+            return
+        wrong = judged.count(False)
+        value = f"those of {len(judged) - wrong} of {len(judged)} answers decode to their text"
+        if not wrong:
+            self.add("token_ids", value)
+        elif wrong == len(judged):
+            why = other_tokenizer(
+                self._name, self._one.place, "gave token ids that do not decode to its text"
+            )
+            self.refuse("token_ids", value, why)
+        else:
+            self.add(
+                "token_ids",
+                value,
+                "warning",
+                message="answers whose ids do not decode to their text become rows of text, or "
+                "are rejected",
+            )
+
+    def _ends(self) -> None:
+        ended, tokens = self._figures.ended, self._figures.completion_tokens
+        assert ended is not None, "it answered"
+        assert tokens is not None, "it answered"
+        limit = self._spec.signal.max_tokens
+        value = f"{percent(ended)} of answers end within {limit} tokens"
+        if ended.value < FEWEST_ENDED:
+            self.add(
+                "ends",
+                value,
+                "warning",
+                field="signal.max_tokens",
+                message="answers that are cut teach no ending: raise `signal.max_tokens`, ask "
+                "for shorter answers in the prompts, or drop them with `dataset.drop_cut: true`",
+            )
+        else:
+            self.add("ends", value)
+        self.add("tokens", f"{plain(tokens, '.0f')} an answer")
+
+    def _terms(self, survey: Survey) -> None:
+        for verdict in survey.verdicts:
+            if verdict.subject == f"teacher:{self._name}":
+                duties = f", with duties: {', '.join(verdict.duties)}" if verdict.duties else ""
+                self.add("terms", f"{verdict.terms}: {verdict.outcome}{duties}")

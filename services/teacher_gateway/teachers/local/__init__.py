@@ -1,0 +1,1 @@
+"""A teacher whose weights answer in the gateway's own worker."""
