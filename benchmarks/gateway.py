@@ -109,7 +109,7 @@ def capture(python: Path, rounds: int, seconds: float) -> dict[str, Any]:
         folder = Path(made)
         upstreams = {delay: stack.enter_context(upstream(delay)) for delay in (0, 50)}
         gateways = [
-            Gateway(DIRECT, {d: f"{url}/chat/completions" for d, url in upstreams.items()}, "m", "")
+            Gateway(DIRECT, {d: f"{url}/chat/completions" for d, url in upstreams.items()}, "m", "none")
         ]
         gateways += [
             stack.enter_context(peer(python, name, upstreams, folder))
@@ -117,8 +117,8 @@ def capture(python: Path, rounds: int, seconds: float) -> dict[str, Any]:
         ]
         ours, client = stack.enter_context(stillhouse(upstreams, folder / "stack"))
         gateways.append(ours)
-        for gateway in gateways:
-            check_answers(gateway)
+        checked = {gateway.name: check_answers(gateway) for gateway in gateways}
+        wait_for_records(client, checked[OURS])
         samples = measure(python, gateways, client, rounds, seconds)
     print_table(samples, versions(python, ("tensorzero", "litellm", "fastapi", "aiohttp")))
     return figures_of(samples)
@@ -215,8 +215,9 @@ def pin(pid: int) -> None:
             os.sched_setaffinity(thread.id, {GATEWAY_CORE})
 
 
-def check_answers(gateway: Gateway) -> None:
-    """One answer of each mark, compared as a whole, before anything is timed."""
+def check_answers(gateway: Gateway) -> int:
+    """Some answers compared as a whole, before anything is timed; return how many."""
+    asked = 0
     for delay, url in gateway.urls.items():
         for mark in range(0, MARKS, 9):
             body = question(gateway.model.format(delay=delay), mark)
@@ -229,6 +230,8 @@ def check_answers(gateway: Gateway) -> None:
             found = answer.json()["choices"][0]["message"]["content"]
             if found != content(mark):
                 raise SystemExit(f"{gateway.name} gave another answer: {found[:200]!r}")
+            asked += 1
+    return asked
 
 
 def measure(

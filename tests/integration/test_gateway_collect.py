@@ -248,7 +248,7 @@ def test_a_silent_teacher_ends_as_timeouts(
 ) -> None:
     teacher.script(Fault("never_answers", match="[0/1]"))
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
-    world = make_world(store, url, tenant, teacher.url, items=3, timeout_seconds=0.4)
+    world = make_world(store, url, tenant, teacher.url, items=3, timeout_seconds=1)
     world.collect_until_closed()
     assert world.outcomes() == {"answered": 2, "teacher_timeout": 1}
     assert world.charged(*SETTLED, *LISTED) >= teacher.invoiced_microusd()
@@ -497,9 +497,19 @@ def test_slow_answers_leave_the_rest_to_the_next_attempt(
     store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
 ) -> None:
     teacher.latency = 0.3
-    times = dataclasses.replace(FAST, call=0.8, attempt=1.2)
+    # An attempt begins calls in its first second, and one takes 0.3: never all six.
+    times = dataclasses.replace(FAST, call=4, attempt=5)
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
-    world = make_world(store, url, tenant, teacher.url, items=6, concurrency=1, times=times)
+    world = make_world(
+        store,
+        url,
+        tenant,
+        teacher.url,
+        items=6,
+        concurrency=1,
+        times=times,
+        timeout_seconds=4,
+    )
     attempts = world.collect_until_closed()
     assert attempts > 1
     assert world.outcomes() == {"answered": 6}
