@@ -109,7 +109,9 @@ def capture(python: Path, rounds: int, seconds: float) -> dict[str, Any]:
         folder = Path(made)
         upstreams = {delay: stack.enter_context(upstream(delay)) for delay in (0, 50)}
         gateways = [
-            Gateway(DIRECT, {d: f"{url}/chat/completions" for d, url in upstreams.items()}, "m", "none")
+            Gateway(
+                DIRECT, {d: f"{url}/chat/completions" for d, url in upstreams.items()}, "m", "none"
+            )
         ]
         gateways += [
             stack.enter_context(peer(python, name, upstreams, folder))
