@@ -29,14 +29,12 @@ from services.teacher_gateway.admission import admit
 from services.teacher_gateway.auto_signal import TeacherAway, resolve_signals
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import Session, now, transaction
-from services.teacher_gateway.endpoints import endpoint_of
 from services.teacher_gateway.ledger import changed, lock
+from services.teacher_gateway.limits.endpoints import endpoint_of
 from services.teacher_gateway.models import Batch, Item, Pipeline
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.problems import ProblemError
-from services.teacher_gateway.prompt_lines import PromptLine, answer_of
-from services.teacher_gateway.prompt_sources import snapshot
-from services.teacher_gateway.prompts import (
+from services.teacher_gateway.prompts.file import (
     PromptsRefused,
     RefusedLine,
     judge_all,
@@ -44,7 +42,9 @@ from services.teacher_gateway.prompts import (
     read_again,
     read_prompts,
 )
-from services.teacher_gateway.split import Plan, Slot, plan, teacher_of
+from services.teacher_gateway.prompts.lines import PromptLine, answer_of
+from services.teacher_gateway.prompts.sources import snapshot
+from services.teacher_gateway.prompts.split import Plan, Slot, plan, teacher_of
 from services.teacher_gateway.stop import mark_stopping
 from services.teacher_gateway.terms.gate import load_catalogue
 from services.teacher_gateway.tokenizers import find_tokenizer, prompt_tokens

@@ -20,9 +20,7 @@ from sqlalchemy import Engine
 from services.teacher_gateway.egress import check_url
 from services.teacher_gateway.ledger import cost_microusd
 from services.teacher_gateway.problems import FieldError, ProblemError
-from services.teacher_gateway.prompt_lines import PromptLine
-from services.teacher_gateway.prompt_sources import check_source, snapshot
-from services.teacher_gateway.prompts import (
+from services.teacher_gateway.prompts.file import (
     Prompt,
     RefusedLine,
     judge_all,
@@ -30,8 +28,10 @@ from services.teacher_gateway.prompts import (
     read_again,
     read_prompts,
 )
+from services.teacher_gateway.prompts.lines import PromptLine
+from services.teacher_gateway.prompts.sources import check_source, snapshot
+from services.teacher_gateway.prompts.split import Plan, plan, teacher_of
 from services.teacher_gateway.settings import TeacherGatewaySettings
-from services.teacher_gateway.split import Plan, plan, teacher_of
 from services.teacher_gateway.terms.gate import Catalogue
 from services.teacher_gateway.timeouts import table
 from services.teacher_gateway.tokenizers import FoundTokenizer, find_tokenizer, prompt_tokens

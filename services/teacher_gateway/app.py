@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.teacher_gateway import problems
 from services.teacher_gateway.capture.endpoint import CaptureEndpoint
-from services.teacher_gateway.capture.teachers import Registration
+from services.teacher_gateway.capture.registrations import Registration
 from services.teacher_gateway.database import open_engine
 from services.teacher_gateway.event_streams import EventStreams
 from services.teacher_gateway.metrics import RequestMetrics

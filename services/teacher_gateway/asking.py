@@ -3,7 +3,7 @@
 One attempt at a batch: some callers share the items, one writer stores the answers in parts, one
 beat renews the lease. Everything on a clock of this process: a call starts only while it can end
 within the attempt, and nothing is asked once the lease is not surely held. Each call waits for its
-turn, which all who ask this teacher share (`turns`).
+turn, which all who ask this teacher share (`limits.turns`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Protocol
 from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import CALL_SECONDS, CALLS, TOKENS
 from services.teacher_gateway.ledger import cost_microusd
+from services.teacher_gateway.limits.turns import Turns
 from services.teacher_gateway.parts import (
     PART_ANSWERS,
     PART_SECONDS,
@@ -28,7 +29,6 @@ from services.teacher_gateway.parts import (
 )
 from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Reject, Retry
 from services.teacher_gateway.timeouts import GatewayTimeouts
-from services.teacher_gateway.turns import Turns
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import RetryableError, StoreUnavailable
 from stillhouse.chassis.logs import logger

@@ -19,8 +19,8 @@ from services.teacher_gateway import reasons
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, transaction
 from services.teacher_gateway.depths import Found, depths, find_depth
-from services.teacher_gateway.endpoints import count_call
 from services.teacher_gateway.fitness import Unfit, did_not_answer
+from services.teacher_gateway.limits.endpoints import count_call
 from services.teacher_gateway.models import Pipeline
 from services.teacher_gateway.paid_calls import (
     PROBE_MESSAGES,

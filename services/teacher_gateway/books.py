@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway import answer_cache
 from services.teacher_gateway.asking import (
     UNSTORED_ANSWERS,
     Asked,
@@ -20,6 +19,7 @@ from services.teacher_gateway.asking import (
     Result,
 )
 from services.teacher_gateway.batch_input import BatchInput
+from services.teacher_gateway.cache import index
 from services.teacher_gateway.claims import Claim, plan
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import ADOPTED
@@ -277,7 +277,7 @@ def record_answers(session: Session, claim: Claim, parts: Sequence[Part]) -> Non
             .values(outcome="answered", cost_microusd=answer.cost_microusd),
         )
         claim.pending.pop(answer.item_id, None)
-    answer_cache.remember(session, claim.tenant_id, claim.keys, parts)
+    index.remember(session, claim.tenant_id, claim.keys, parts)
     paid = [answer for answer in answers if not answer.cached]
     if paid:
         changed(

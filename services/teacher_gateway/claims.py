@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway import answer_cache
-from services.teacher_gateway.answer_cache import Kept
 from services.teacher_gateway.asking import (
     Asked,
 )
 from services.teacher_gateway.batch_input import BatchInput
+from services.teacher_gateway.cache import index
+from services.teacher_gateway.cache.index import Kept
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, transaction
 from services.teacher_gateway.ledger import (
@@ -129,7 +129,7 @@ def claim_batch(
             keys=keys or {},
         )
         unanswered = {i: key for i, key in claim.keys.items() if i in claim.pending}
-        claim.cached = answer_cache.find(session, claim.tenant_id, unanswered)
+        claim.cached = index.find(session, claim.tenant_id, unanswered)
         if plans and not claim.dead:
             plan(session, claim, given)
             if claim.must_wait:

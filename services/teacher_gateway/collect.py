@@ -3,9 +3,9 @@
     1. one transaction: lease, fencing epoch, attempt, and the worst case reserved (`claims`)
     2. the parts of earlier attempts are read and their series ended; what was found is settled,
        what a dead attempt may have lost is listed
-    3. what the tenant paid for before is stored (`answer_cache`), the rest is asked for, and stored
+    3. what the tenant paid for before is stored (`cache.index`), the rest is asked for, and stored
        in parts while it comes (`asking`); with `batch_api` a provider works on it instead
-       (`provider_batches`)
+       (`provider.batches`)
     4. the manifest, then one transaction `WHERE epoch = mine`: items, money, batch, event
        (`closing`)
     5. the job's message is acknowledged by returning
@@ -23,24 +23,25 @@ from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway import answer_cache, provider_batches
 from services.teacher_gateway.asking import Attempt, Fenced, Result
 from services.teacher_gateway.batch_input import BatchInput, read_batch, read_tokenizer
 from services.teacher_gateway.books import Books
-from services.teacher_gateway.cached_answers import take_cached
-from services.teacher_gateway.circuit import TeacherQuestion
+from services.teacher_gateway.cache import index
+from services.teacher_gateway.cache.taking import take_cached
 from services.teacher_gateway.claims import Claim, claim_batch, claimable, stand_still
 from services.teacher_gateway.closing import complete_responses, finish
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, reading, transaction
 from services.teacher_gateway.ledger import lock
+from services.teacher_gateway.limits.question import TeacherQuestion
+from services.teacher_gateway.limits.shared import Holder, SharedLimits
+from services.teacher_gateway.limits.turns import Turns
 from services.teacher_gateway.models import Batch, Pipeline
 from services.teacher_gateway.parts import close_series
-from services.teacher_gateway.provider_looks import look_at_provider
+from services.teacher_gateway.provider import batches as provider_batches
+from services.teacher_gateway.provider.looks import look_at_provider
 from services.teacher_gateway.stop import TERMINAL
-from services.teacher_gateway.teacher_limits import Holder, SharedLimits
 from services.teacher_gateway.teachers.routes import open_teacher
-from services.teacher_gateway.turns import Turns
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
 from stillhouse.chassis.logs import logger
@@ -76,7 +77,7 @@ def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
             batch,
             ObjectRef.model_validate_json(row.prompts),
         )
-        keys = answer_cache.keys_of(given, context.store)
+        keys = index.keys_of(given, context.store)
     except PermanentError:
         if not pipeline.stopping:
             raise

@@ -20,11 +20,11 @@ from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now
-from services.teacher_gateway.endpoints import asked_again_at
 from services.teacher_gateway.ledger import changed
+from services.teacher_gateway.limits.endpoints import asked_again_at
+from services.teacher_gateway.limits.strain import calls_at_once
 from services.teacher_gateway.models import Batch, History, Pipeline, TeacherEndpoint
 from services.teacher_gateway.stop import TERMINAL
-from services.teacher_gateway.strain import calls_at_once
 from services.teacher_gateway.timeouts import GatewayTimeouts
 from stillhouse.contracts.events import CheckpointSaved, HeldoutSealed
 

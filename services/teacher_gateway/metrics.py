@@ -19,7 +19,8 @@ from sqlalchemy import Engine, func, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.teacher_gateway.database import Session, now, reading
-from services.teacher_gateway.endpoints import SHOWN_DIGITS
+from services.teacher_gateway.limits.endpoints import SHOWN_DIGITS
+from services.teacher_gateway.limits.strain import calls_at_once
 from services.teacher_gateway.models import (
     Batch,
     Item,
@@ -31,7 +32,6 @@ from services.teacher_gateway.models import (
     TeacherShare,
 )
 from services.teacher_gateway.settings import TeacherGatewaySettings
-from services.teacher_gateway.strain import calls_at_once
 from stillhouse.chassis import bus
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.chassis.logs import logger

@@ -116,7 +116,7 @@ class Batch(Base):
     tenant_id: Mapped[str] = mapped_column(String(63))
     split: Mapped[str] = mapped_column(String(16))
     teacher: Mapped[str] = mapped_column(String(63))
-    # Whose limits hold for it (`endpoints.endpoint_of`); empty where nobody is called.
+    # Whose limits hold for it (`limits.endpoints.endpoint_of`); empty where nobody is called.
     endpoint: Mapped[str] = mapped_column(String(64), default="")
     items: Mapped[int] = mapped_column(Integer)
     prompts: Mapped[str] = mapped_column(Text)  # ObjectRef of prompts/batch-N.parquet

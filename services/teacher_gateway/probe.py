@@ -23,9 +23,9 @@ from services.teacher_gateway.batch_input import read_spec, read_tokenizer
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import CALLS
 from services.teacher_gateway.database import now, transaction
-from services.teacher_gateway.endpoints import count_call
 from services.teacher_gateway.fitness import Unfit, did_not_answer, judge
 from services.teacher_gateway.ledger import changed, lock
+from services.teacher_gateway.limits.endpoints import count_call
 from services.teacher_gateway.models import Pipeline
 from services.teacher_gateway.paid_calls import (
     PROBE_MESSAGES,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.teacher_gateway.prompt_lines import PromptLine
+from services.teacher_gateway.prompts.lines import PromptLine
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.model_folder import read_json
 from stillhouse.chassis.origins import CONFIG

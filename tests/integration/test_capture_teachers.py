@@ -16,7 +16,7 @@ from services.teacher_gateway.accept import accept_pipeline
 from services.teacher_gateway.capture.read import captured_lines, check_captured, open_captured
 from services.teacher_gateway.database import now, reading
 from services.teacher_gateway.keys import create_key
-from services.teacher_gateway.prompts import PromptsRefused
+from services.teacher_gateway.prompts.file import PromptsRefused
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.cli import main as command_line
 from stillhouse.contracts.spec import Captured

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from services.teacher_gateway.answer_cache import keys_of
 from services.teacher_gateway.batch_input import BatchInput, read_batch
+from services.teacher_gateway.cache.index import keys_of
 from services.teacher_gateway.claims import MOST_CRASHES
 from services.teacher_gateway.database import reading
 from services.teacher_gateway.models import Batch, CachedAnswer, Pipeline
@@ -316,7 +316,7 @@ def test_a_store_that_is_down_holds_hits_up_and_costs_nothing(
     url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
     make_world(store, url, tenant, teacher.url, items=20).collect()
     second = make_world(store, url, tenant, teacher.url, items=22, name="-2")
-    for where in ("answer_cache.read_part", "books.Books.store_at"):
+    for where in ("cache.index.read_part", "books.Books.store_at"):
         with monkeypatch.context() as patched:
             patched.setattr(f"services.teacher_gateway.{where}", down)
             for _ in range(2):

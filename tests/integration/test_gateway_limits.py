@@ -14,13 +14,13 @@ from sqlalchemy import delete, select, update
 
 from services.teacher_gateway.database import now, reading, transaction
 from services.teacher_gateway.dispatch import find_due
-from services.teacher_gateway.endpoints import count_call, endpoint_of
-from services.teacher_gateway.exchange import Report
+from services.teacher_gateway.limits.endpoints import count_call, endpoint_of
+from services.teacher_gateway.limits.rates import LATE, MINUTE
+from services.teacher_gateway.limits.reports import Report
+from services.teacher_gateway.limits.shared import Holder, SharedLimits
+from services.teacher_gateway.limits.strain import Seen
 from services.teacher_gateway.models import Batch, Pipeline, TeacherEndpoint, TeacherShare
 from services.teacher_gateway.probe import probe_teacher
-from services.teacher_gateway.rates import LATE, MINUTE
-from services.teacher_gateway.strain import Seen
-from services.teacher_gateway.teacher_limits import Holder, SharedLimits
 from services.teacher_gateway.teachers.outcomes import Retry
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.spec import Teacher as TeacherSpec
@@ -363,7 +363,7 @@ def test_a_database_s_clock_that_jumps_neither_opens_nor_locks(
     first.exchange(report(holds=8, cool=100.0))
     before = attempts.row()
     monkeypatch.setattr(
-        "services.teacher_gateway.endpoints.now",
+        "services.teacher_gateway.limits.endpoints.now",
         lambda session: now(session) + hours * 3600,
     )
     grant = first.exchange(report(holds=8, permits=(1,)))

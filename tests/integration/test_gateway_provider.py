@@ -601,7 +601,7 @@ def test_a_store_that_is_down_while_it_is_read_loses_nothing(
     worst = sum(asked.worst_microusd for asked in world.asked[0])
     world.collect()
     provider.wait()
-    for where in ("provider_batches.close_series", "books.Books.store", "closing.write_manifest"):
+    for where in ("provider.batches.close_series", "books.Books.store", "closing.write_manifest"):
         with monkeypatch.context() as patched:
             patched.setattr(f"services.teacher_gateway.{where}", down)
             for _ in range(2):

@@ -19,8 +19,8 @@ from sqlalchemy import Engine, select
 from services.teacher_gateway.api import ApiServer
 from services.teacher_gateway.app import GatewayApp, app_of
 from services.teacher_gateway.capture.endpoint import CaptureEndpoint
+from services.teacher_gateway.capture.registrations import account_of
 from services.teacher_gateway.capture.serving import Times
-from services.teacher_gateway.capture.teachers import account_of
 from services.teacher_gateway.database import reading
 from services.teacher_gateway.http_protocol import BoundedHttpProtocol
 from services.teacher_gateway.models import Account, AccountCharge, CapturedBatch, Tranche

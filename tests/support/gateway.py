@@ -20,7 +20,7 @@ from services.teacher_gateway.batch_input import read_batch
 from services.teacher_gateway.collect import collect_batch
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, open_engine, reading, transaction
-from services.teacher_gateway.endpoints import endpoint_of
+from services.teacher_gateway.limits.endpoints import endpoint_of
 from services.teacher_gateway.models import (
     Base,
     Batch,

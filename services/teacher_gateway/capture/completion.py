@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from services.teacher_gateway.capture import failures
-from services.teacher_gateway.capture.events import DONE, data_of
+from services.teacher_gateway.capture.sse import DONE, data_of
 
 # Texts of a message, by the names that servers give them.
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal")

@@ -22,10 +22,10 @@ import msgspec
 from services.teacher_gateway.capture import failures
 from services.teacher_gateway.capture.allowance import Held
 from services.teacher_gateway.capture.asked import Asked
-from services.teacher_gateway.capture.events import Passing, Usage
 from services.teacher_gateway.capture.record import Bill, Record
 from services.teacher_gateway.capture.refusal import Headers, error_body
-from services.teacher_gateway.capture.teachers import Served
+from services.teacher_gateway.capture.registrations import Served
+from services.teacher_gateway.capture.sse import Passing, Usage
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
 

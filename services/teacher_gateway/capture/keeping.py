@@ -22,6 +22,7 @@ from services.teacher_gateway.capture import tranches
 from services.teacher_gateway.capture.allowance import Allowance
 from services.teacher_gateway.capture.failures import SPOOL_FULL
 from services.teacher_gateway.capture.record import Record
+from services.teacher_gateway.capture.registrations import Served, account_of
 from services.teacher_gateway.capture.ship import (
     SWEEP_SECONDS,
     Shipped,
@@ -29,7 +30,6 @@ from services.teacher_gateway.capture.ship import (
     ship_segment,
 )
 from services.teacher_gateway.capture.spool import Spool
-from services.teacher_gateway.capture.teachers import Served, account_of
 from services.teacher_gateway.counters import CAPTURE_FAILURES, CAPTURE_SPOOL_BYTES
 from services.teacher_gateway.ledger import AccountId
 from services.teacher_gateway.settings import TeacherGatewaySettings

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, select
 from services.teacher_gateway.capture.ship import Line
 from services.teacher_gateway.database import Session, reading
 from services.teacher_gateway.models import CapturedBatch
-from services.teacher_gateway.prompts import PromptsRefused
+from services.teacher_gateway.prompts.file import PromptsRefused
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.spec import Captured

@@ -19,7 +19,7 @@ from services.teacher_gateway.capture.callers import Callers
 from services.teacher_gateway.capture.exchange import Answer, Cut, Exchange
 from services.teacher_gateway.capture.keeping import Keeping
 from services.teacher_gateway.capture.record import Record
-from services.teacher_gateway.capture.teachers import ServedTeachers, registered
+from services.teacher_gateway.capture.registrations import ServedTeachers, registered
 from services.teacher_gateway.counters import CAPTURE_OPEN, CAPTURE_SECONDS
 from services.teacher_gateway.database import reading
 from services.teacher_gateway.egress import connector

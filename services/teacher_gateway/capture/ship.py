@@ -21,8 +21,8 @@ from sqlalchemy import Engine
 
 from services.teacher_gateway.capture.completion import Unusable, whole_answer
 from services.teacher_gateway.capture.record import DamagedSpool, Record, frames
+from services.teacher_gateway.capture.registrations import account_of
 from services.teacher_gateway.capture.spool import abandoned, segments
-from services.teacher_gateway.capture.teachers import account_of
 from services.teacher_gateway.capture.tranches import Bill, settle_bill
 from services.teacher_gateway.counters import CAPTURE_FAILURES, CAPTURE_SHIPPED
 from services.teacher_gateway.database import now, transaction

@@ -21,6 +21,8 @@ from services.teacher_gateway.admission import Sample, Survey
 from services.teacher_gateway.auto_signal import QUESTION_SECONDS
 from services.teacher_gateway.depths import COMMON_DEPTHS, Found, depths, find_depth
 from services.teacher_gateway.fitness import Unfit, did_not_answer, judge
+from services.teacher_gateway.limits.shared import Holder, SharedLimits
+from services.teacher_gateway.limits.turns import Turns
 from services.teacher_gateway.paid_calls import (
     PROBE_MESSAGES,
     PaidCalls,
@@ -38,7 +40,6 @@ from services.teacher_gateway.preflight.answers import (
 )
 from services.teacher_gateway.preflight.heard import Heard, HeardAnswer
 from services.teacher_gateway.settings import TeacherGatewaySettings
-from services.teacher_gateway.teacher_limits import Holder, SharedLimits
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
     Call,
@@ -49,7 +50,6 @@ from services.teacher_gateway.teachers.outcomes import (
 )
 from services.teacher_gateway.teachers.routes import open_teacher
 from services.teacher_gateway.timeouts import table
-from services.teacher_gateway.turns import Turns
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.spec import Signal, Spec, Teacher
 

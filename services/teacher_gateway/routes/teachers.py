@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
 
-from services.teacher_gateway.capture.teachers import (
+from services.teacher_gateway.capture.registrations import (
     Registration,
     account_of,
     judge,

@@ -110,10 +110,11 @@ def test_every_figure_equals_its_formula(models: tuple[Any, Any]) -> None:
 def test_chunks_change_nothing(models: tuple[Any, Any], chunk: int) -> None:
     model, reference = models
     whole, cut = _score(model, reference, _rows()), _score(model, reference, _rows(), chunk)
+    # A product of other shape may run in another kernel, which sums in another order.
     for one, other in zip(whole, cut, strict=True):
-        assert one.kl_full == pytest.approx(other.kl_full, rel=1e-5)
-        assert one.kl_top20 == pytest.approx(other.kl_top20, rel=1e-6)
-        assert one.nll == pytest.approx(other.nll, rel=1e-6)
+        assert one.kl_full == pytest.approx(other.kl_full, rel=1e-4, abs=1e-5)
+        assert one.kl_top20 == pytest.approx(other.kl_top20, rel=1e-5, abs=1e-5)
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
 def test_a_model_is_no_distance_from_itself(models: tuple[Any, Any]) -> None:

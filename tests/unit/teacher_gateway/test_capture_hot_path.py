@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from services.teacher_gateway.capture.asked import Asked, read_body
 from services.teacher_gateway.capture.memory import Memory
 from services.teacher_gateway.capture.refusal import Refusal, error_body
-from services.teacher_gateway.capture.teachers import Registration, _rates
+from services.teacher_gateway.capture.registrations import Registration, _rates
 from services.teacher_gateway.ledger import cost_microusd
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.contracts.spec import Price

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.teacher_gateway.capture import failures
 from services.teacher_gateway.capture.completion import Unusable, assemble, whole_answer
-from services.teacher_gateway.capture.events import Passing, data_of
+from services.teacher_gateway.capture.sse import Passing, data_of
 from tests.support.streamed import chunks_of
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}

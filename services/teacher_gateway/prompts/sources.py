@@ -16,8 +16,8 @@ from typing import BinaryIO
 from sqlalchemy import Engine
 
 from services.teacher_gateway.files import open_below
-from services.teacher_gateway.parquet_prompts import is_parquet, lines_of_parquet
-from services.teacher_gateway.prompts import PromptsRefused
+from services.teacher_gateway.prompts.file import PromptsRefused
+from services.teacher_gateway.prompts.parquet import is_parquet, lines_of_parquet
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from stillhouse.chassis.references import check_object, open_object, sources_of
 from stillhouse.chassis.storage import ObjectStore

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from services.teacher_gateway.prompt_lines import (
+from services.teacher_gateway.prompts.file import Prompt, PromptsRefused
+from services.teacher_gateway.prompts.lines import (
     NO_TEACHER,
     LineRefused,
     PromptLine,
@@ -21,7 +22,6 @@ from services.teacher_gateway.prompt_lines import (
     answer_of,
     tags_of,
 )
-from services.teacher_gateway.prompts import Prompt, PromptsRefused
 from stillhouse.contracts.canonical import sha256_hex
 from stillhouse.contracts.events import Split
 from stillhouse.contracts.spec import Batches, Spec, heldout_split

@@ -3,7 +3,7 @@
     reserve the worst case -> upload -> create -> wait, without a lease, and look
     -> read the files -> the one closing transaction (`closing`)
 
-A look (`provider_looks`) takes no lease and counts no attempt. Whatever follows from it is an
+A look (`provider.looks`) takes no lease and counts no attempt. Whatever follows from it is an
 attempt under a lease, as a live one is. The reservation
 stands from before the upload until the answers are settled, so what a provider bills is in the
 ledger all the time. Before the provider is asked to begin, the row says so; a worker that dies then
@@ -24,7 +24,7 @@ from services.teacher_gateway import reasons
 from services.teacher_gateway.asking import Fenced, GivenUp, Result
 from services.teacher_gateway.batch_input import BatchInput
 from services.teacher_gateway.books import Books, answers_line, record_answers
-from services.teacher_gateway.cached_answers import take_cached
+from services.teacher_gateway.cache.taking import take_cached
 from services.teacher_gateway.claims import MOST_CRASHES, Claim, plan, stand_still
 from services.teacher_gateway.closing import Ended, finish
 from services.teacher_gateway.context import Context
@@ -33,8 +33,8 @@ from services.teacher_gateway.holding import OutOfTime, while_held
 from services.teacher_gateway.ledger import Line, settle
 from services.teacher_gateway.models import Batch, ProviderBatch
 from services.teacher_gateway.parts import Series, answers_in, close_series
-from services.teacher_gateway.provider_answers import Reading, call_of, reject_by
-from services.teacher_gateway.provider_looks import (
+from services.teacher_gateway.provider.answers import Reading, call_of, reject_by
+from services.teacher_gateway.provider.looks import (
     STATUS_CHARACTERS,
     Look,
     metadata_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.teacher_gateway.strain import NOTHING_SEEN, Seen
+from services.teacher_gateway.limits.strain import NOTHING_SEEN, Seen
 
 
 @dataclass(frozen=True)

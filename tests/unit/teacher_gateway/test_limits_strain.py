@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.teacher_gateway.models import TeacherEndpoint
-from services.teacher_gateway.strain import (
+from services.teacher_gateway.limits.strain import (
     FAR_ABOVE,
     INTERVAL,
     NOTHING_SEEN,
@@ -13,6 +12,7 @@ from services.teacher_gateway.strain import (
     adapt,
     calls_at_once,
 )
+from services.teacher_gateway.models import TeacherEndpoint
 
 MOST = 64
 REFUSED = Seen(ended=1, rate_limited=1, failed=1, youngest_strained=0.1)

@@ -1,6 +1,6 @@
 """One attempt's turns at its teacher: a call starts when its share, its rate and its pause allow.
 
-What is shared with others (`teacher_limits`) is asked for about once a second, and never for each
+What is shared with others (`shared`) is asked for about once a second, and never for each
 call: a share of the calls at once, and permits for as many calls as may start within a second. In
 between an attempt keeps to what it was told. Its share shrinks by its own word alone: it is told
 to make fewer calls, and only once it says that it does may others make more.
@@ -20,9 +20,9 @@ from typing import Self
 
 from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import COOL_DOWNS, TURN_WAITS
-from services.teacher_gateway.exchange import Grant, Report, Shared
-from services.teacher_gateway.rates import LATE
-from services.teacher_gateway.strain import TOKENS_AROUND, Seen
+from services.teacher_gateway.limits.rates import LATE
+from services.teacher_gateway.limits.reports import Grant, Report, Shared
+from services.teacher_gateway.limits.strain import TOKENS_AROUND, Seen
 from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.chassis.logs import logger

@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, case, update
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway import rates
 from services.teacher_gateway.counters import CIRCUIT_OPENINGS, LOWERED
 from services.teacher_gateway.database import transaction
-from services.teacher_gateway.endpoints import SHOWN_DIGITS, endpoint_of, hold, living, strictest
-from services.teacher_gateway.exchange import Grant, Leave, Report
 from services.teacher_gateway.ledger import changed
+from services.teacher_gateway.limits import rates
+from services.teacher_gateway.limits.endpoints import (
+    SHOWN_DIGITS,
+    endpoint_of,
+    hold,
+    living,
+    strictest,
+)
+from services.teacher_gateway.limits.rates import AHEAD, MINUTE
+from services.teacher_gateway.limits.reports import Grant, Leave, Report
+from services.teacher_gateway.limits.shares import Wish, fair_shares
+from services.teacher_gateway.limits.strain import adapt, calls_at_once
 from services.teacher_gateway.models import Batch, TeacherEndpoint, TeacherShare
-from services.teacher_gateway.rates import AHEAD, MINUTE
-from services.teacher_gateway.shares import Wish, fair_shares
-from services.teacher_gateway.strain import adapt, calls_at_once
 from services.teacher_gateway.teachers.outcomes import Retry
 from services.teacher_gateway.timeouts import GatewayTimeouts
 from stillhouse.chassis.logs import logger
@@ -52,7 +58,7 @@ class Holder:
 
 
 class SharedLimits:
-    """`exchange.Shared` for one attempt, and the teacher's circuit."""
+    """`reports.Shared` for one attempt, and the teacher's circuit."""
 
     def __init__(
         self, engine: Engine, times: GatewayTimeouts, teacher: Teacher, holder: Holder

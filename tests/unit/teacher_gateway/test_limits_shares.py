@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.teacher_gateway.shares import TURN_SECONDS, Wish, divide, fair_shares
+from services.teacher_gateway.limits.shares import TURN_SECONDS, Wish, divide, fair_shares
 
 wanted = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 20), max_size=8)
 

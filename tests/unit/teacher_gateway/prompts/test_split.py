@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.teacher_gateway.prompt_lines import LineRefused, PromptLine
-from services.teacher_gateway.prompts import Prompt, PromptsRefused
-from services.teacher_gateway.split import MAX_BATCH_BYTES, Plan, plan, teacher_of
+from services.teacher_gateway.prompts.file import Prompt, PromptsRefused
+from services.teacher_gateway.prompts.lines import LineRefused, PromptLine
+from services.teacher_gateway.prompts.split import MAX_BATCH_BYTES, Plan, plan, teacher_of
 from stillhouse.contracts.canonical import digest_of, sha256_hex
 from stillhouse.contracts.chat import Message
 from stillhouse.contracts.spec import Spec, heldout_split

@@ -9,10 +9,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from services.teacher_gateway import answer_cache
-from services.teacher_gateway.answer_cache import Kept
 from services.teacher_gateway.asking import Fenced, Result
 from services.teacher_gateway.books import Books
+from services.teacher_gateway.cache import index
+from services.teacher_gateway.cache.index import Kept
 from services.teacher_gateway.claims import MOST_CRASHES, Claim
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import CACHED
@@ -45,7 +45,7 @@ def take_cached(context: Context, claim: Claim, books: Books) -> bool:
     gone: list[Kept] = []
     stored: list[Part] = []
     books.cached = None  # until all is stored it is not known what is
-    read, renewed = partial(answer_cache.read_part, context.store), books.started
+    read, renewed = partial(index.read_part, context.store), books.started
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
         for start in range(0, len(wanted), _READ_AT_ONCE):
             refs = list(wanted)[start : start + _READ_AT_ONCE]
@@ -75,7 +75,7 @@ def take_cached(context: Context, claim: Claim, books: Books) -> bool:
     crash_point("cached_stored")
     if gone:
         with transaction(context.engine) as session:
-            answer_cache.forget(session, claim.tenant_id, gone)
+            index.forget(session, claim.tenant_id, gone)
     return going
 
 

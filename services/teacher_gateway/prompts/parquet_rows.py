@@ -1,6 +1,7 @@
 """Rows of a Parquet file as lines of JSON, in a process of its own and within a fixed memory.
 
-    python -m services.teacher_gateway.parquet_rows MEMORY MAX_BYTES MAX_ROWS < a.parquet > a.jsonl
+    python -m services.teacher_gateway.prompts.parquet_rows MEMORY MAX_BYTES MAX_ROWS \
+        < a.parquet > a.jsonl
 
 Row N becomes line N; one row more than MAX_ROWS is the last, so that whoever reads the lines sees
 that there are too many. What the file is refused for stands on stderr, with the exit code 2.

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from services.teacher_gateway import parquet_prompts
-from services.teacher_gateway.parquet_prompts import is_parquet, lines_of_parquet
-from services.teacher_gateway.parquet_rows import convert
-from services.teacher_gateway.prompt_lines import LineRefused, answer_of, parse_line, tags_of
-from services.teacher_gateway.prompts import PromptsRefused
+from services.teacher_gateway.prompts import parquet
+from services.teacher_gateway.prompts.file import PromptsRefused
+from services.teacher_gateway.prompts.lines import LineRefused, answer_of, parse_line, tags_of
+from services.teacher_gateway.prompts.parquet import is_parquet, lines_of_parquet
+from services.teacher_gateway.prompts.parquet_rows import convert
 
 MESSAGES = [
     {"role": "user", "content": "Weather?"},
@@ -125,7 +125,7 @@ def test_files_that_are_none_are_refused_with_what_is_wrong(tmp_path: Path) -> N
 def test_a_small_file_that_holds_a_huge_value_is_refused_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_prompts, "MEMORY_BYTES", 448 << 20)
+    monkeypatch.setattr(parquet, "MEMORY_BYTES", 448 << 20)
     values = {"prompt": ["x" * (96 << 20)]}
     file = written(tmp_path / "value", values, compression="zstd", use_dictionary=False)
     assert (tmp_path / "value").stat().st_size < 1 << 17
@@ -135,7 +135,7 @@ def test_a_small_file_that_holds_a_huge_value_is_refused_in_bounded_memory(
 def test_rows_that_repeat_one_long_text_are_refused_before_they_fill_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_prompts, "ALLOWANCE_BYTES", 1 << 20)
+    monkeypatch.setattr(parquet, "ALLOWANCE_BYTES", 1 << 20)
     text = pa.array(["y" * (1 << 18)])
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), text)
     file = written(tmp_path / "rows", {"prompt": column}, compression="zstd")
@@ -154,7 +154,7 @@ def test_no_more_rows_are_read_than_tell_that_there_are_too_many() -> None:
 def test_whoever_waits_for_a_long_file_is_kept_alive_and_may_stop_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parquet_prompts, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(parquet, "LOOK_SECONDS", 0.001)
 
     def stop() -> None:
         raise RuntimeError("cancelled")
@@ -169,13 +169,13 @@ def test_whoever_waits_for_a_long_file_is_kept_alive_and_may_stop_it(
 def test_the_reader_is_told_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_API_KEY", "sk-secret")
     told: dict[str, str] = {}
-    real = parquet_prompts.subprocess.Popen
+    real = parquet.subprocess.Popen
 
     def popen(*args: Any, env: dict[str, str], **options: Any) -> Any:
         told.update(env)
         return real(*args, env=env, **options)
 
-    monkeypatch.setattr(parquet_prompts.subprocess, "Popen", popen)
+    monkeypatch.setattr(parquet.subprocess, "Popen", popen)
     with written(tmp_path / "a", {"prompt": ["x"]}) as file:
         lines_of(file, tmp_path).close()
     assert "PATH" in told

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.teacher_gateway.prompt_lines import (
+from services.teacher_gateway.prompts.lines import (
     ACCEPT_REASONS,
     MAX_TOOL_DEPTH,
     MAX_TOOLS,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from services.teacher_gateway.prompt_lines import (
+from services.teacher_gateway.prompts.lines import (
     DUPLICATE_PROMPT,
     MAX_ANSWERED_BYTES,
     MAX_LINE_BYTES,

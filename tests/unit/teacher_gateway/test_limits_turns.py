@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from services.teacher_gateway import reasons
-from services.teacher_gateway.exchange import Grant, Leave, Report
+from services.teacher_gateway.limits.reports import Grant, Leave, Report
+from services.teacher_gateway.limits.turns import Turn, Turns
 from services.teacher_gateway.teachers.outcomes import Answered, Reject, Retry, Usage
-from services.teacher_gateway.turns import Turn, Turns
 from stillhouse.chassis.errors import RetryableError
 
 # Renewals every 0.1 s.
@@ -22,7 +22,7 @@ LATE = 60.0
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Permits are void late enough for a loaded machine."""
-    monkeypatch.setattr("services.teacher_gateway.turns.LATE", LATE)
+    monkeypatch.setattr("services.teacher_gateway.limits.turns.LATE", LATE)
 
 
 class Others:

@@ -1,4 +1,4 @@
-"""The row of a teacher's endpoint, which all who ask the teacher share; see `teacher_limits`.
+"""The row of a teacher's endpoint, which all who ask the teacher share; see `shared`.
 
 All times are the database's, so no process clock matters; and a database clock that goes back takes
 the times along.
@@ -13,11 +13,11 @@ from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway import rates
 from services.teacher_gateway.database import now, transaction
 from services.teacher_gateway.ledger import changed
+from services.teacher_gateway.limits import rates
+from services.teacher_gateway.limits.rates import Rate
 from services.teacher_gateway.models import TeacherEndpoint, TeacherShare
-from services.teacher_gateway.rates import Rate
 from stillhouse.contracts.canonical import canonical_json, sha256_hex
 from stillhouse.contracts.spec import Limits, Teacher
 

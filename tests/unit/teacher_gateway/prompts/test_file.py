@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.teacher_gateway.prompt_lines import (
-    ACCEPT_REASONS,
-    MAX_LINE_BYTES,
-    PromptLine,
-    prompt_sha256,
-)
-from services.teacher_gateway.prompt_sources import upload_digest
-from services.teacher_gateway.prompts import (
+from services.teacher_gateway.prompts.file import (
     Prompt,
     PromptsRefused,
     RefusedLine,
@@ -24,6 +17,13 @@ from services.teacher_gateway.prompts import (
     read_again,
     read_prompts,
 )
+from services.teacher_gateway.prompts.lines import (
+    ACCEPT_REASONS,
+    MAX_LINE_BYTES,
+    PromptLine,
+    prompt_sha256,
+)
+from services.teacher_gateway.prompts.sources import upload_digest
 from stillhouse.contracts.chat import Message, TemplateRefused
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from services.teacher_gateway import parquet_rows
-from services.teacher_gateway.prompts import PromptsRefused
+from services.teacher_gateway.prompts import parquet_rows
+from services.teacher_gateway.prompts.file import PromptsRefused
 
 MAGIC = b"PAR1"
 # Of addresses, of which the reader's libraries take 330 MB.

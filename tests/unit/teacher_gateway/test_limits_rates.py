@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.teacher_gateway.limits.rates import (
+    AHEAD,
+    KEPT_SECONDS,
+    LATE,
+    MINUTE,
+    Rate,
+    correct,
+    take,
+)
 from services.teacher_gateway.models import TeacherEndpoint
-from services.teacher_gateway.rates import AHEAD, KEPT_SECONDS, LATE, MINUTE, Rate, correct, take
 
 START = 1.7e9
 # Floats of today's seconds are exact to less than that.

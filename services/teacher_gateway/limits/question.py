@@ -5,7 +5,7 @@ must end as a rejection, the second must cost no item. So where an attempt met o
 probe's question is asked; and while the teacher is away each attempt begins with it, so that an
 outage is billed for no more than that. It is in the ledger like the probe.
 
-Where nobody answers it, the teacher's circuit opens for all (`teacher_limits`): no batch of it is
+Where nobody answers it, the teacher's circuit opens for all (`shared`): no batch of it is
 dispatched for a while, then one, and all again once anything was answered (`dispatch`).
 """
 
@@ -26,9 +26,9 @@ from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import CALLS
 from services.teacher_gateway.database import transaction
 from services.teacher_gateway.ledger import Line, cost_microusd, settle
+from services.teacher_gateway.limits.turns import Turns
 from services.teacher_gateway.paid_calls import PROBE_MESSAGES, PROBE_TOKENS, book
 from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Retry, TeacherClient
-from services.teacher_gateway.turns import Turns
 
 # A question that is booked is asked, however late its booking was.
 _LEAST_SECONDS = 0.5

@@ -1,0 +1,1 @@
+"""What is asked: prompts are read, judged line by line, and grouped into batches."""
