@@ -25,7 +25,9 @@ MODEL = "upstream"
 
 
 def told(url: str, model: str, key: str = "none") -> None:
+    """Say where the peer serves, and nothing more: whoever started it reads no further."""
     print(json.dumps({"url": url, "model": model, "key": key}), flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tensorzero(upstream: str, folder: Path) -> None:
@@ -35,6 +37,8 @@ def tensorzero(upstream: str, folder: Path) -> None:
     from tensorzero import patch_openai_client
 
     warnings.simplefilter("ignore", DeprecationWarning)
+    # It warns of our `metadata` at each request; writing that down is not what is compared.
+    os.environ["RUST_LOG"] = "error"
     config = folder / "tensorzero.toml"
     config.write_text(
         "[gateway]\nobservability.enabled = false\n"
