@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,8 @@ def pin(pid: int) -> None:
     """Give a process with all its threads the gateways' core."""
     for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
         for thread in process.threads():
-            os.sched_setaffinity(thread.id, {GATEWAY_CORE})
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(thread.id, {GATEWAY_CORE})
 
 
 def check_answers(gateway: Gateway) -> int:

@@ -7,7 +7,7 @@ For each supervised position with the teacher's distribution p and the model's q
     kl_full   sum over the vocabulary of p (log p - log q), p from the teacher's own weights.
     nll       -log q(the teacher's token)
     top1      whether q's likeliest token is the teacher's likeliest stored one; where the row holds
-              counts of drawn ids, the likeliest of the teacher's own weights
+              text alone or counts of drawn ids, the likeliest of the teacher's own weights
 
 The log of q's tail is a log-sum-exp over the logits with the stored ids masked; 1 - sum would
 cancel in float32. Full vocabularies are held for `chunk` positions at a time only. The teacher's
@@ -110,7 +110,7 @@ def score_rows(
                 if reference_head is not None and reference_states is not None:
                     logp = _log_probabilities(reference_head, reference_states[n][span], width)
                 part = _cut(signal, span)
-                total = total.plus(**_chunk_sums(logq, targets[span], part, logp, row.drawn))
+                total = total.plus(**_chunk_sums(logq, targets[span], part, logp))
             sums.append(total)
     return sums
 
@@ -147,15 +147,13 @@ def _log_probabilities(head: Any, states: Any, width: int) -> Any:
     return logits
 
 
-def _chunk_sums(
-    logq: Any, targets: Any, signal: Signal | None, logp: Any, drawn: bool
-) -> dict[str, float]:
+def _chunk_sums(logq: Any, targets: Any, signal: Signal | None, logp: Any) -> dict[str, float]:
     """Sums over the positions of a chunk. Consumes `logq` and `logp`."""
     sums = {"nll": -float(_double(logq.gather(1, targets[:, None])).sum())}
     teachers = None
     if signal is not None:
         teachers = signal.ids[:, 0]
-    elif drawn and logp is not None:
+    elif logp is not None:
         teachers = logp.argmax(-1)
     if teachers is not None:
         sums["top1"] = float((logq.argmax(-1) == teachers).sum())

@@ -1,8 +1,9 @@
 """Answers of a model to held-out prompts: greedy ones to show, sampled ones to count.
 
 Prompts are answered together, padded on the left; an answer that ended leaves the batch. Draws
-come from (seed, row) alone, one number a token, so an answer does not depend on who is beside it
-but through rounding, and the same parts give the same bits.
+come from (seed, row) alone, one number a token, and how long an answer may be from its own prompt.
+So an answer depends on who is beside it by rounding alone, which may tip a draw or a tie; the same
+prompts in the same batches give the same bits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def generate(
     seed: int,
     batch: int,
 ) -> list[Continuation]:
-    """Continue every prompt until its end of turn or `max_tokens`."""
+    """Continue every prompt until its end of turn, `max_tokens`, or the last position that the
+    model knows; a prompt that fills those stays without an answer."""
     done: list[Continuation] = []
     for start in range(0, len(prompts), batch):
         done += _batch(model, prompts[start : start + batch], eos_id, max_tokens, seed)
@@ -59,19 +61,21 @@ def _batch(
     device = model.device
     answers = [Continuation() for _ in prompts]
     streams = [_stream(seed, prompt) for prompt in prompts]
-    longest = max(len(prompt.ids) for prompt in prompts)
-    room = min(max_tokens, int(model.config.max_position_embeddings) - longest)
-    ids = torch.full((len(prompts), longest), eos_id, device=device)
+    known = int(model.config.max_position_embeddings)
+    room = [min(max_tokens, known - len(prompt.ids)) for prompt in prompts]
+    alive = [n for n, left in enumerate(room) if left > 0]
+    longest = max((len(prompts[n].ids) for n in alive), default=0)
+    ids = torch.full((len(alive), longest), eos_id, device=device)
     mask = torch.zeros_like(ids)
-    for n, prompt in enumerate(prompts):
-        ids[n, longest - len(prompt.ids) :] = torch.tensor(prompt.ids, device=device)
-        mask[n, longest - len(prompt.ids) :] = 1
+    for place, n in enumerate(alive):
+        start = longest - len(prompts[n].ids)
+        ids[place, start:] = torch.tensor(prompts[n].ids, device=device)
+        mask[place, start:] = 1
     # Padded positions take part in nothing; their number only has to be a valid one.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache()
-    alive = list(range(len(prompts)))
     with torch.inference_mode():
-        for _ in range(room):
+        while alive:
             logits = model(
                 ids,
                 attention_mask=mask,
@@ -85,8 +89,9 @@ def _batch(
             for place, (n, token) in enumerate(zip(alive, chosen, strict=True)):
                 if token == eos_id:
                     answers[n].stopped = True
-                else:
-                    answers[n].ids.append(token)
+                    continue
+                answers[n].ids.append(token)
+                if len(answers[n].ids) < room[n]:
                     staying.append(place)
             if not staying:
                 break

@@ -23,12 +23,11 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import delete, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from services.teacher_gateway.admission import admit
 from services.teacher_gateway.auto_signal import TeacherAway, resolve_signals
 from services.teacher_gateway.context import Context
-from services.teacher_gateway.database import Session, now, transaction
+from services.teacher_gateway.database import Session, insert_new, now, transaction
 from services.teacher_gateway.ledger import changed, lock
 from services.teacher_gateway.limits.endpoints import endpoint_of
 from services.teacher_gateway.models import Batch, Item, Pipeline
@@ -180,7 +179,7 @@ def _prepare(
     catalogue = load_catalogue(settings.terms_file)
     verdicts = admit(spec, tenant, settings, catalogue, store, context.engine)
     accepted_on = datetime.fromtimestamp(pipeline.created_at, UTC).date()
-    tokenizer = find_tokenizer(spec, sources_of(settings))
+    tokenizer = find_tokenizer(spec, sources_of(settings), lambda *_: alive())
     chat = tokenizer.chat.on(accepted_on)
     signals = resolve_signals(
         context,
@@ -365,7 +364,7 @@ def _record_refused(context: Context, pipeline: Pipeline, refused: list[RefusedL
     for chunk in _chunks(rows):
         with transaction(context.engine) as session:
             _accepting(session, pipeline.pipeline_id)
-            _insert_new(session, Item, chunk)
+            insert_new(session, Item, chunk)
 
 
 def _insert(
@@ -380,8 +379,8 @@ def _insert(
     def flush() -> None:
         with transaction(context.engine) as session:
             _accepting(session, pipeline.pipeline_id)
-            _insert_new(session, Batch, batches)
-            _insert_new(session, Item, items)
+            insert_new(session, Batch, batches)
+            insert_new(session, Item, items)
         batches.clear()
         items.clear()
         alive()
@@ -402,15 +401,6 @@ def _insert(
         if len(items) >= _ROWS_AT_ONCE:
             flush()
     flush()
-
-
-def _insert_new(
-    session: Session, table: type[Batch] | type[Item], rows: list[dict[str, Any]]
-) -> None:
-    if not rows:
-        return
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    session.execute(dialect.insert(table).on_conflict_do_nothing(), rows)
 
 
 def _chunks(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from sqlalchemy import case, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway.database import now
+from services.teacher_gateway.database import insert_new, now
 from services.teacher_gateway.ledger import AccountId, changed
 from services.teacher_gateway.models import Account
 
@@ -23,7 +22,6 @@ def open_account(session: Session, account: AccountId, budget_microusd: int) -> 
 
     A budget below what is spent and reserved becomes just that: nothing more can be spent.
     """
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     row = {
         "tenant_id": account.tenant_id,
         "name": account.name,
@@ -32,7 +30,7 @@ def open_account(session: Session, account: AccountId, budget_microusd: int) -> 
         "reserved_microusd": 0,
         "created_at": now(session),
     }
-    session.execute(dialect.insert(Account).values(row).on_conflict_do_nothing())
+    insert_new(session, Account, [row])
     held = Account.spent_microusd + Account.reserved_microusd
     budget = case((held > budget_microusd, held), else_=budget_microusd)
     changed(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
 from sqlalchemy import Engine
 
@@ -32,6 +31,7 @@ from services.teacher_gateway.prompts.lines import PromptLine
 from services.teacher_gateway.prompts.sources import check_source, snapshot
 from services.teacher_gateway.prompts.split import Plan, plan, teacher_of
 from services.teacher_gateway.settings import TeacherGatewaySettings
+from services.teacher_gateway.teachers.api_keys import check_api_key
 from services.teacher_gateway.terms.gate import Catalogue
 from services.teacher_gateway.timeouts import table
 from services.teacher_gateway.tokenizers import FoundTokenizer, find_tokenizer, prompt_tokens
@@ -101,7 +101,7 @@ def admit(
             with _at(f"teachers[{number}].url"):
                 check_url(teacher.url, private=settings.private_teachers)
         with _at(f"teachers[{number}].api_key"):
-            check_secret(teacher, settings)
+            check_api_key(teacher, settings)
     with _at("prompts.from" if spec.prompts.captured is None else "prompts.captured"):
         check_source(spec, tenant_id, settings=settings, engine=engine, store=store)
     return verdicts
@@ -213,29 +213,6 @@ def check_deadlines(spec: Spec, settings: TeacherGatewaySettings) -> None:
                     f"a call may take {longest:g} seconds at most on this gateway (profile "
                     f"{settings.profile}), found {asked:g}: ask for no more, or leave it out"
                 )
-
-
-def check_secret(teacher: Teacher, settings: TeacherGatewaySettings) -> None:
-    """Refuse a variable that the operator has not bound to this teacher's host.
-
-    Else one tenant could have another's key sent to a server of their own.
-    """
-    if teacher.api_key is None:
-        return
-    name, host = teacher.api_key.env, (urlsplit(teacher.url or "").hostname or "").lower()
-    if name.startswith(TeacherGatewaySettings.PREFIX):
-        raise PermanentError(f"{name} is the gateway's own: name a variable with a teacher's key")
-    bound = settings.secret_hosts
-    if bound is None and settings.profile == "embedded":
-        return
-    if not any(
-        pair.partition("@")[0] == name and pair.partition("@")[2].lower() == host
-        for pair in bound or ()
-    ):
-        raise PermanentError(
-            f"the operator has not allowed {name} to be sent to {host}: have them add "
-            f"{name}@{host} to TEACHER_GATEWAY_SECRET_HOSTS"
-        )
 
 
 def _terms_field(spec: Spec, verdict: Verdict) -> str:

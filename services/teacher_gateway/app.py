@@ -18,6 +18,7 @@ from services.teacher_gateway.capture.registrations import Registration
 from services.teacher_gateway.database import open_engine
 from services.teacher_gateway.event_streams import EventStreams
 from services.teacher_gateway.metrics import RequestMetrics
+from services.teacher_gateway.preflight.running import RunningChecks
 from services.teacher_gateway.problems import Problem
 from services.teacher_gateway.request_limits import RequestLimits
 from services.teacher_gateway.routes import (
@@ -95,6 +96,7 @@ def app_of(gateway: Gateway) -> GatewayApp:
     app.state.gateway = gateway
     app.capture = CaptureEndpoint(gateway, environ=os.environ)
     app.state.event_streams = EventStreams(gateway.engine, gateway.settings)
+    app.state.running_checks = RunningChecks()
     for router in ROUTERS:
         app.include_router(router)
     problems.install(app)

@@ -18,7 +18,9 @@ from typing import Protocol
 
 from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import CALL_SECONDS, CALLS, TOKENS
+from services.teacher_gateway.holding import Fenced, Lease
 from services.teacher_gateway.ledger import cost_microusd
+from services.teacher_gateway.limits.strain import proves
 from services.teacher_gateway.limits.turns import Turns
 from services.teacher_gateway.parts import (
     PART_ANSWERS,
@@ -28,9 +30,9 @@ from services.teacher_gateway.parts import (
     encode_part,
 )
 from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Reject, Retry
-from services.teacher_gateway.timeouts import GatewayTimeouts
+from services.teacher_gateway.timeouts import GatewayTimeouts, backoff
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.errors import RetryableError, StoreUnavailable
+from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.logs import logger
 from stillhouse.chassis.storage import AlreadyExists
 from stillhouse.contracts.artifacts import ObjectRef
@@ -42,11 +44,9 @@ log = logger(__name__)
 # Answers that exist nowhere but here, beside those still being spoken: a crash loses no more.
 UNSTORED_ANSWERS = PART_ANSWERS
 _QUESTION_SECONDS = 30.0
+# One that nobody answers for so long, or for half of the longest call, is nobody's own impatience.
+_QUESTION_PROVES = 10.0
 _QUESTION_LEAST_SECONDS = 1.0
-
-
-class Fenced(RetryableError):
-    """Another worker took the batch over: this one has nothing more to say about it."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """An item without an answer in this attempt; `retry_at` is on this process's clock."""
+    """An item without an answer in this attempt, and what its last call came to; `proves`: to all
+    who ask this teacher."""
 
     item_id: str
     reason: str
     detail: str
     after: float | None = None
     away: bool = False
+    proves: bool = False
 
 
 class Books(Protocol):
@@ -117,8 +119,10 @@ class Result:
     stopping: bool = False
     # Whether the teacher said anything about any item; an answer is not stored at once.
     heard: bool = False
-    # Why nobody was there to answer, where that is why items have no answer.
+    # Why nobody was there to answer, where that is why items have no answer; and whether nobody
+    # is there for others either, who may have more patience.
     away: Retry | None = None
+    away_to_all: bool = False
 
     @property
     def answers(self) -> list[Answer]:
@@ -163,7 +167,7 @@ class Attempt:
         self._call_seconds = min(call_seconds, times.call)
         self._started = started  # by time.monotonic(), before the lease was taken
         self._ends = started + times.attempt
-        self._renewed = started
+        self._lease = Lease(times, books.renew, started)
         self._rng = rng or random.Random()  # noqa: S311 jitter is no secret
         self._result = Result()
         self._queue: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -175,9 +179,10 @@ class Attempt:
 
     async def run(self, items: list[Asked]) -> Result:
         """Ask for the items; see the class."""
-        if not await self._renew():
+        if not await self._lease.renew():
+            self._stop()
             return self._result
-        beat = asyncio.create_task(self._beat(), name="beat")
+        beat = asyncio.create_task(self._lease.keep(self._stop), name="beat")
         writer = asyncio.create_task(self._write(), name="writer")
         everyone = asyncio.create_task(self._ask_all(items), name="everyone")
         try:
@@ -212,13 +217,17 @@ class Attempt:
             return
         last = found.given_up[-1]
         away = Retry(last.reason, last.detail, last.after, away=True)
-        if any(gone.reason == reasons.TEACHER_UNREACHABLE for gone in found.given_up):
-            found.away = away
+        proofs = [gone.reason for gone in found.given_up if gone.proves]
+        if reasons.TEACHER_UNREACHABLE in proofs:
+            self._is_away(away, to_all=True)
         elif self._time_to_ask() >= _QUESTION_LEAST_SECONDS:
             await self._nobody_is_there()
         elif not self._suspect or self._turns.cooling:
             # No time to ask, or it asked for none: the next attempt begins with the question.
-            found.away = away
+            self._is_away(away, to_all=bool(proofs))
+
+    def _is_away(self, why: Retry, *, to_all: bool) -> None:
+        self._result.away, self._result.away_to_all = why, to_all
 
     def _time_to_ask(self) -> float:
         """Seconds that are left for the question, after the pause that the teacher asked for."""
@@ -229,27 +238,30 @@ class Attempt:
         cooling, left = self._turns.cooling, self._time_to_ask()
         if cooling and left < _QUESTION_LEAST_SECONDS:
             detail = f"it asked for a pause, of which {cooling:.0f} s are left"
-            self._result.away = Retry(reasons.TEACHER_RATE_LIMITED, detail, cooling, away=True)
+            paused = Retry(reasons.TEACHER_RATE_LIMITED, detail, cooling, away=True)
+            self._is_away(paused, to_all=True)
             return True
         await self._pause(cooling)
         try:
-            seconds = min(self._call_seconds, _QUESTION_SECONDS, left)
-            self._result.away = await self._question(deadline=seconds)
+            # Not the spec's deadline: whoever sets a short one learns whether anybody is there.
+            seconds = min(self._times.call, _QUESTION_SECONDS, left)
+            away = await self._question(deadline=seconds)
         except NoTurn:
             return False  # then there is none for items either, and others ask it
-        return self._result.away is not None
+        if away is None:
+            return False
+        self._is_away(away, to_all=proves(away, min(_QUESTION_PROVES, self._times.call / 2)))
+        return True
 
     def _may_call(self) -> bool:
         """Whether a whole call still fits into the attempt, under a lease that is surely held."""
-        now = time.monotonic()
-        surely = now < self._renewed + self._times.lease_ttl - self._times.beat
-        fits = now + self._call_seconds <= self._ends
-        return surely and fits and not self._halted.is_set()
+        fits = time.monotonic() + self._call_seconds <= self._ends
+        return self._lease.sure and fits and not self._halted.is_set()
 
     async def _call(self, waiting: deque[Asked]) -> None:
         while waiting and self._may_call():
             await self._one(waiting.popleft())
-        self._turns.wanted -= 1
+        self._turns.want_less()
 
     async def _one(self, asked: Asked) -> None:
         """Ask for one item until it is answered, rejected, or given up for now."""
@@ -284,7 +296,7 @@ class Attempt:
                     self._slots.release()
             if not more:
                 break
-            wait = self._times.try_backoff * 2 ** (call - 1) * self._rng.uniform(0.5, 1.5)
+            wait = backoff(self._times.try_backoff, call - 1, jitter=0.5, rng=self._rng)
             wait = max(wait, outcome.after or 0.0)
             if time.monotonic() + wait + self._call_seconds > self._ends:
                 break  # a longer wait is the batch's `next_attempt_at`, never a sleep
@@ -293,7 +305,7 @@ class Attempt:
             await self._pause(wait)
         if last is not None:
             self._result.given_up.append(
-                GivenUp(item.item_id, last.reason, last.detail, last.after, last.away)
+                GivenUp(item.item_id, last.reason, last.detail, last.after, last.away, proves(last))
             )
 
     async def _in_turn(self, asked: Asked) -> Outcome | None:
@@ -393,25 +405,7 @@ class Attempt:
         self._result.parts.append(Part(ref, tuple(batch)))
         crash_point("part_stored")
 
-    async def _beat(self) -> None:
-        """Renew the lease. Without a renewal nothing is asked near the end of its life."""
-        while True:
-            await asyncio.sleep(self._times.beat)
-            try:
-                await self._renew()
-            except Fenced:
-                raise
-            except RetryableError as error:
-                log.warning("the lease was not renewed", why=str(error))
-                if time.monotonic() > self._renewed + self._times.lease_ttl - self._times.beat:
-                    raise
-
-    async def _renew(self) -> bool:
-        sent = time.monotonic()
-        going = await asyncio.to_thread(self._books.renew)
-        self._renewed = sent
-        if not going:
-            self._result.stopping = True
-            self._halted.set()
-            self._turns.stop()
-        return going
+    def _stop(self) -> None:
+        self._result.stopping = True
+        self._halted.set()
+        self._turns.stop()

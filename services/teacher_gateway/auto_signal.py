@@ -31,6 +31,7 @@ from services.teacher_gateway.paid_calls import (
 )
 from services.teacher_gateway.teachers.outcomes import Call, Outcome, Retry
 from services.teacher_gateway.teachers.routes import open_teacher
+from services.teacher_gateway.timeouts import backoff
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.logs import logger
@@ -209,7 +210,7 @@ def _put_off(
     attempt, times = pipeline.attempts, context.times
     if attempt >= min(times.probe_attempts, MOST_ATTEMPTS):
         raise PermanentError(gone.detail, reason=gone.reason)
-    pause = min(times.probe_backoff * 2 ** (attempt - 1), _LONGEST_PAUSE)
+    pause = backoff(times.probe_backoff, attempt - 1, cap=_LONGEST_PAUSE)
     with transaction(context.engine) as session:
         held = accepting(session)
         held.next_attempt_at = now(session) + max(pause, min(away.after or 0.0, _LONGEST_PAUSE))

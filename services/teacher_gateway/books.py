@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from services.teacher_gateway.asking import (
     UNSTORED_ANSWERS,
     Asked,
-    Fenced,
+    GivenUp,
     Result,
 )
 from services.teacher_gateway.batch_input import BatchInput
@@ -24,6 +24,7 @@ from services.teacher_gateway.claims import Claim, plan
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import ADOPTED
 from services.teacher_gateway.database import now, transaction
+from services.teacher_gateway.holding import Fenced
 from services.teacher_gateway.ledger import (
     Kind,
     Line,
@@ -58,7 +59,8 @@ class Books:
         self.started = started  # by time.monotonic()
         # What the cache gave, stored before anything is asked; None while that is not known.
         self.cached: list[Part] | None = []
-        # What is known of this attempt if it cannot go on: whether it asked, and what came.
+        # What is known of this attempt if it cannot go on: whether a call for an item left, and
+        # what came.
         self.asked = False
         self.result: Result | None = None
 
@@ -131,18 +133,7 @@ class Books:
             row = self.fenced(session)
             settle(session, claim.pipeline_id, lines, release=worst)
             row.reserved_microusd -= worst
-            reject(
-                session,
-                claim,
-                [
-                    Rejection(
-                        item_id=asked.item.item_id,
-                        stage="collect",
-                        reason=outcome.reason,
-                        detail=outcome.detail[:500],
-                    )
-                ],
-            )
+            reject(session, claim, [rejection_of(asked.item.item_id, outcome)])
 
     def store(self, number: int, data: bytes) -> ObjectRef:
         """Store a part; what the cache gave comes before it."""
@@ -290,6 +281,11 @@ def record_answers(session: Session, claim: Claim, parts: Sequence[Part]) -> Non
                 + sum(a.completion_tokens for a in paid),
             ),
         )
+
+
+def rejection_of(item_id: str, why: GivenUp | Reject) -> Rejection:
+    """What is told of an item that has no answer."""
+    return Rejection(item_id=item_id, stage="collect", reason=why.reason, detail=why.detail[:500])
 
 
 def reject(session: Session, claim: Claim, rejections: Sequence[Rejection]) -> None:

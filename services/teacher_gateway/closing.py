@@ -6,7 +6,6 @@ money, batch, event. Whoever sees the last batch closed tells that the responses
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from sqlalchemy.orm import Session
 from services.teacher_gateway import reasons
 from services.teacher_gateway.asking import GivenUp, Result
 from services.teacher_gateway.batch_input import BatchInput
-from services.teacher_gateway.books import Books, answers_line, record_answers, reject
+from services.teacher_gateway.books import Books, answers_line, record_answers, reject, rejection_of
 from services.teacher_gateway.claims import MOST_CRASHES, Claim, budget_wait, stand_still
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, reading, transaction
@@ -27,7 +26,7 @@ from services.teacher_gateway.models import Batch, Item, Pipeline, ProviderBatch
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.parts import Series, answers_in
 from services.teacher_gateway.stop import finish_stopping
-from services.teacher_gateway.teachers.outcomes import Reject, Retry
+from services.teacher_gateway.teachers.outcomes import Retry
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
@@ -36,9 +35,6 @@ from stillhouse.contracts.events import ResponseBatchStored, ResponsesCompleted
 from stillhouse.contracts.responses import Rejection, ResponsesClosed, ResponsesManifest
 
 log = logger(__name__)
-
-# The pause of a batch whose teacher is away grows to 2 ** this times the first one, or the cap.
-_MOST_DOUBLINGS = 20
 
 
 @dataclass
@@ -76,7 +72,7 @@ def finish(
     # Where the teacher is away it is nobody's failure: the batch's deadline is the bound.
     for gone in () if result.away else tuple(failed.values()):
         if left[gone.item_id] + 1 >= times.attempts and not stopping:
-            rejections.append(_rejection(gone.item_id, gone))
+            rejections.append(rejection_of(gone.item_id, gone))
             del left[gone.item_id]
     final = _why_the_rest_ends(claim)
     if final is not None and not stopping:
@@ -181,15 +177,8 @@ def _delay(
     if not failed and away is None:
         return 0.0
     tried = max((claim.pending[gone.item_id] for gone in failed), default=0)
-    if away:
-        tried = min(claim.away, _MOST_DOUBLINGS)
-    pause = min(times.batch_backoff * 2.0**tried, times.batch_backoff_cap)
     asked_for = max(gone.after or 0.0 for gone in (*failed, *([away] if away else ())))
-    return max(pause * random.uniform(0.8, 1.2), asked_for)  # noqa: S311 jitter is no secret
-
-
-def _rejection(item_id: str, why: GivenUp | Reject) -> Rejection:
-    return Rejection(item_id=item_id, stage="collect", reason=why.reason, detail=why.detail[:500])
+    return times.batch_pause(claim.away if away else tried, asked_for)
 
 
 def _count_failures(session: Session, claim: Claim, item_ids: Sequence[str]) -> None:

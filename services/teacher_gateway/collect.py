@@ -23,7 +23,7 @@ from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway.asking import Attempt, Fenced, Result
+from services.teacher_gateway.asking import Attempt, Result
 from services.teacher_gateway.batch_input import BatchInput, read_batch, read_tokenizer
 from services.teacher_gateway.books import Books
 from services.teacher_gateway.cache import index
@@ -32,6 +32,7 @@ from services.teacher_gateway.claims import Claim, claim_batch, claimable, stand
 from services.teacher_gateway.closing import complete_responses, finish
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, reading, transaction
+from services.teacher_gateway.holding import Fenced
 from services.teacher_gateway.ledger import lock
 from services.teacher_gateway.limits.question import TeacherQuestion
 from services.teacher_gateway.limits.shared import Holder, SharedLimits
@@ -41,9 +42,15 @@ from services.teacher_gateway.parts import close_series
 from services.teacher_gateway.provider import batches as provider_batches
 from services.teacher_gateway.provider.looks import look_at_provider
 from services.teacher_gateway.stop import TERMINAL
+from services.teacher_gateway.teachers.outcomes import Call, Outcome
 from services.teacher_gateway.teachers.routes import open_teacher
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
+from stillhouse.chassis.errors import (
+    PermanentError,
+    RetryableError,
+    StillhouseError,
+    StoreUnavailable,
+)
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.artifacts import ObjectRef
 
@@ -99,7 +106,7 @@ def collect_batch(context: Context, pipeline_id: str, batch: int) -> None:
             _attempt(context, claim, given, books)
     except Fenced as error:
         log.warning("batch left to another worker", batch=batch, why=str(error))
-    except RetryableError as error:
+    except (RetryableError, PermanentError) as error:
         _let_go(context, books, error)
         raise
 
@@ -114,7 +121,6 @@ def _attempt(context: Context, claim: Claim, given: BatchInput | None, books: Bo
     books.adopt(series, given)
     crash_point("answers_adopted")
     if take_cached(context, claim, books) and claim.asks and given is not None:
-        books.asked = True
         books.result = asyncio.run(_ask(context, claim, given, books))
     crash_point("answers_stored")
     finish(context, claim, given, books, series)
@@ -139,8 +145,13 @@ async def _ask(context: Context, claim: Claim, given: BatchInput, books: Books) 
         ) as client,
         Turns(most, wanted=wanted, shared=shared, ttl=ttl) as turns,
     ):
+
+        async def ask(call: Call, *, deadline: float) -> Outcome:
+            books.asked = True  # before this, nothing can have been billed
+            return await client.ask(call, deadline=deadline)
+
         attempt = Attempt(
-            client.ask,
+            ask,
             books,
             price=teacher.usd_per_million,
             times=context.times,
@@ -152,14 +163,15 @@ async def _ask(context: Context, claim: Claim, given: BatchInput, books: Books) 
             turns=turns,
         )
         result = await attempt.run(claim.asks)
-        if result.away and shared is not None:
+        if result.away and result.away_to_all and shared is not None:
             with suppress(RetryableError):  # what was answered counts; the next one opens it
                 await asyncio.to_thread(shared.away, result.away)
     return result
 
 
-def _let_go(context: Context, books: Books, error: RetryableError) -> None:
-    """Free a batch whose attempt could not go on: the store or the database was in the way."""
+def _let_go(context: Context, books: Books, error: StillhouseError) -> None:
+    """Free a batch whose attempt could not go on: the store or the database was in the way, or its
+    teacher cannot be asked at all and the pipeline fails for it."""
     with suppress(RetryableError), transaction(context.engine) as session:
         _put_back(session, context, books.let_go(session), error, books.started)
 
@@ -174,7 +186,7 @@ def _wait_for_store(context: Context, seen: Batch, began: float) -> None:
 
 
 def _put_back(
-    session: Session, context: Context, row: Batch, error: RetryableError, began: float
+    session: Session, context: Context, row: Batch, error: StillhouseError, began: float
 ) -> None:
     pause = context.times.batch_backoff
     row.state, row.next_attempt_at = "waiting", now(session) + pause

@@ -27,6 +27,11 @@ CACHED = Counter(
     "stillhouse_teacher_gateway_cached_answers_total",
     "Answers that the tenant had paid for before and that were taken instead of asked for",
 )
+PROVIDER_FILES = Counter(
+    "stillhouse_teacher_gateway_provider_files_total",
+    "Files at a provider's batch API that were not needed any more, by outcome: deleted or left",
+    ["outcome"],
+)
 TURN_WAITS = Counter(
     "stillhouse_teacher_gateway_turn_wait_seconds_total",
     "Seconds in which attempts could make no further call, by what they waited for: share, rate or "

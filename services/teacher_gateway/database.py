@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from sqlalchemy import (
     literal_column,
     select,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -28,7 +29,15 @@ from sqlalchemy.orm import Session
 
 from stillhouse.chassis.errors import PermanentError, RetryableError
 
-__all__ = ["DatabaseUnavailable", "Session", "now", "open_engine", "reading", "transaction"]
+__all__ = [
+    "DatabaseUnavailable",
+    "Session",
+    "insert_new",
+    "now",
+    "open_engine",
+    "reading",
+    "transaction",
+]
 
 # Writers queue for SQLite's one lock; PostgreSQL waits this long for a row.
 LOCK_SECONDS = 5
@@ -142,6 +151,13 @@ def reading(engine: Engine) -> Iterator[Session]:
     bound = engine.execution_options(**options)
     with _translated(), Session(bound, expire_on_commit=False, autoflush=False) as session:
         yield session
+
+
+def insert_new(session: Session, table: type[Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Insert rows of which some may be there already; those stay as they are."""
+    if rows:
+        dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+        session.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
 
 
 def now(session: Session) -> float:

@@ -1,7 +1,8 @@
 """What a connection may do before a request is one: uvicorn's fast parser, with bounds.
 
 httptools holds whatever a client sends as headers, for as long as it takes. Here a head has a
-length and a deadline, as it has with uvicorn's h11.
+length and a deadline, as it has with uvicorn's h11. A client that reads nothing of what it is sent
+has a deadline too: without it whoever answers would wait for ever.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEAD_BYTES = 32_768
 HEAD_SECONDS = 10.0
+# More than the capture endpoint gives a client, so that there the call's own end comes first.
+UNREAD_SECONDS = 60.0
 
 
 class HeadTooLong(Exception):
@@ -19,12 +22,14 @@ class HeadTooLong(Exception):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes connections whose request does not begin, and refuses heads without end."""
+    """Closes connections whose request does not begin or whose answers nobody reads, and refuses
+    heads without end."""
 
     _reading_head = True
     _parsed = 0
     _unparsed: int | None = None
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,7 +37,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_unread()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The buffers are full: whoever answers waits for the client now."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_unread()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -81,6 +97,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _late(self) -> None:
         self._deadline = None

@@ -93,29 +93,31 @@ def authenticate(engine: Engine, pepper: SecretStr, authorization: str | None) -
     if match is None:
         raise KeyRefused
     prefix, secret = match.groups()
-    with reading(engine) as session:
-        key = session.get(ApiKey, prefix)
-        at = now(session)
+    key = _in_force(engine, prefix)
     # Compared also where there is no such key, so that time does not tell which prefixes exist.
     expected = key.secret_hmac if key else _ABSENT
     right = hmac.compare_digest(expected, _hash(pepper, prefix, secret))
-    if key is None or not right or key.revoked_at is not None:
-        raise KeyRefused
-    if key.expires_at is not None and key.expires_at <= at:
+    if key is None or not right:
         raise KeyRefused
     return Caller(tenant_id=key.tenant_id, prefix=prefix)
 
 
 def still_valid(engine: Engine, caller: Caller) -> Caller:
     """Look again for the key of a caller whose secret was verified. Raises KeyRefused."""
-    with reading(engine) as session:
-        key = session.get(ApiKey, caller.prefix)
-        at = now(session)
-    if key is None or key.revoked_at is not None or key.tenant_id != caller.tenant_id:
-        raise KeyRefused
-    if key.expires_at is not None and key.expires_at <= at:
+    key = _in_force(engine, caller.prefix)
+    if key is None or key.tenant_id != caller.tenant_id:
         raise KeyRefused
     return caller
+
+
+def _in_force(engine: Engine, prefix: str) -> ApiKey | None:
+    """The key of a prefix, unless it is revoked or expired."""
+    with reading(engine) as session:
+        key = session.get(ApiKey, prefix)
+        at = now(session)
+    if key is None or key.revoked_at is not None:
+        return None
+    return None if key.expires_at is not None and key.expires_at <= at else key
 
 
 def _hash(pepper: SecretStr, prefix: str, secret: str) -> str:

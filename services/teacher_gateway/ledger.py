@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, cast, overload
 
-from sqlalchemy import ColumnElement, CursorResult, Executable, select, update
+from sqlalchemy import ColumnElement, CursorResult, Executable, func, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now
-from services.teacher_gateway.models import Account, AccountCharge, Charge, Pipeline
+from services.teacher_gateway.models import Account, AccountCharge, Batch, Charge, Pipeline
 from stillhouse.contracts.spec import Price
 
 Kind = Literal["answers", "probe", "unused", "unknown"]
@@ -51,11 +51,29 @@ class Line:
     cached: int = 0
 
 
+@dataclass(frozen=True)
+class Rates:
+    """A price in whole numbers: a token costs `input / unit` or `output / unit` micro-USD."""
+
+    input: int
+    output: int
+    unit: int
+
+    @classmethod
+    def of(cls, price: Price) -> Rates:
+        # USD for a million tokens is micro-USD for one.
+        rates = (Fraction(str(price.input)), Fraction(str(price.output)))
+        unit = math.lcm(*(rate.denominator for rate in rates))
+        return cls(int(rates[0] * unit), int(rates[1] * unit), unit)
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """The cost of one call in micro-USD, rounded up."""
+        return -(-(self.input * prompt_tokens + self.output * completion_tokens) // self.unit)
+
+
 def cost_microusd(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
-    """Return the cost of one call, rounded up. USD for a million tokens is micro-USD for one."""
-    exact = Fraction(str(price.input)) * prompt_tokens
-    exact += Fraction(str(price.output)) * completion_tokens
-    return math.ceil(exact)
+    """Return the cost of one call, rounded up."""
+    return Rates.of(price).cost(prompt_tokens, completion_tokens)
 
 
 def changed(session: Session, statement: Executable) -> int:
@@ -82,6 +100,19 @@ def lock(session: Session, purse: Purse) -> Pipeline | Account | None:
         .execution_options(populate_existing=True)
     ).scalar_one_or_none()
     return cast("Pipeline | Account | None", found)
+
+
+def lock_batches(session: Session, *which: ColumnElement[bool]) -> None:
+    """Hold many batches' rows to the end of the transaction, in the order of their keys: two that
+    change many of them do not wait for each other in a circle."""
+    rows = (
+        select(Batch.batch)
+        .where(*which)
+        .order_by(Batch.pipeline_id, Batch.batch)
+        .with_for_update()
+        .subquery()
+    )
+    session.execute(select(func.count()).select_from(rows))
 
 
 def reserve(session: Session, purse: Purse, microusd: int) -> bool:

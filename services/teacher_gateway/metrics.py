@@ -19,7 +19,7 @@ from sqlalchemy import Engine, func, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.teacher_gateway.database import Session, now, reading
-from services.teacher_gateway.limits.endpoints import SHOWN_DIGITS
+from services.teacher_gateway.limits.endpoints import SHOWN_DIGITS, Named
 from services.teacher_gateway.limits.strain import calls_at_once
 from services.teacher_gateway.models import (
     Batch,
@@ -295,13 +295,14 @@ def _teachers(session: Session) -> Iterator[Metric]:
         )
     )
     clock = now(session)
-    most, calls = Counts[str](), Counts[str]()
+    named = {row.endpoint: Named() for row in rows}
+    calls = Counts[str]()
     for share in session.scalars(
         select(TeacherShare).where(
             TeacherShare.endpoint.in_([row.endpoint for row in rows]), TeacherShare.until > clock
         )
     ):
-        most[share.endpoint] = min(most[share.endpoint] or share.most, share.most)
+        named[share.endpoint].add(share.tenant_id, share)
         calls[share.endpoint] += share.running
     limits = _labelled("teacher_calls_limit", "Calls at once that a teacher gets now", "teacher")
     running_calls = _labelled("teacher_calls", "Calls of a teacher that run now", "teacher")
@@ -313,8 +314,8 @@ def _teachers(session: Session) -> Iterator[Metric]:
     )
     for row in rows:
         name = row.endpoint[:SHOWN_DIGITS]
-        if row.endpoint in most:
-            limits.add_metric([name], calls_at_once(row, most[row.endpoint]))
+        if most := named[row.endpoint].most_of_all():
+            limits.add_metric([name], calls_at_once(row, most))
         running_calls.add_metric([name], calls[row.endpoint])
         pauses.add_metric([name], max(0.0, row.cool_until - clock))
         circuits.add_metric([name], row.away > 0)

@@ -31,6 +31,8 @@ class Tenant(Base):
 
     tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
     created_at: Mapped[float] = mapped_column(Float)
+    # When the job of a batch of it was put on the queue last: whose turn it is.
+    sent_at: Mapped[float] = mapped_column(Float, default=0.0)
 
 
 class ApiKey(Base):
@@ -91,6 +93,7 @@ class Pipeline(Base):
     next_attempt_at: Mapped[float | None] = mapped_column(Float)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     created_at: Mapped[float] = mapped_column(Float)
+    sent_at: Mapped[float] = mapped_column(Float, default=0.0)  # as of its tenant
     first_training_step_at: Mapped[float | None] = mapped_column(Float)
     responses_completed_at: Mapped[float | None] = mapped_column(Float)
     ended_at: Mapped[float | None] = mapped_column(Float)
@@ -144,7 +147,20 @@ class Batch(Base):
     __table_args__ = (Index("batches_due", "state", "next_attempt_at"),)
 
 
-class TeacherEndpoint(Base):
+class Meter:
+    """How many calls and tokens were taken of a minute; see `limits.rates`."""
+
+    # From when on the limits of requests and tokens allow the next call; tokens that were taken
+    # and not used, which pay for later calls.
+    requests_at: Mapped[float] = mapped_column(Float, default=0.0)
+    tokens_at: Mapped[float] = mapped_column(Float, default=0.0)
+    tokens_unused: Mapped[int] = mapped_column(_BIG, default=0)
+    # The limits by which they were counted.
+    requests_per_minute: Mapped[int | None] = mapped_column(_BIG)
+    tokens_per_minute: Mapped[int | None] = mapped_column(_BIG)
+
+
+class TeacherEndpoint(Meter, Base):
     """What all who ask one teacher share, over tenants and replicas: its limits and its circuit.
 
     `clock` is the database's at the last write: one that went back takes all times along.
@@ -154,21 +170,31 @@ class TeacherEndpoint(Base):
 
     endpoint: Mapped[str] = mapped_column(String(64), primary_key=True)
     clock: Mapped[float] = mapped_column(Float, default=0.0)
-    # From when on the limits of requests and tokens allow the next call; tokens that were taken
-    # and not used, which pay for later calls.
-    requests_at: Mapped[float] = mapped_column(Float, default=0.0)
-    tokens_at: Mapped[float] = mapped_column(Float, default=0.0)
-    tokens_unused: Mapped[int] = mapped_column(_BIG, default=0)
-    # Calls at once; none: it was not strained, and what the spec says holds.
+    # Calls at once; none: it was not strained, and what the specs say holds.
     concurrency: Mapped[float | None] = mapped_column(Float)
     lowered_at: Mapped[float] = mapped_column(Float, default=0.0)
     raised_at: Mapped[float] = mapped_column(Float, default=0.0)
-    pace: Mapped[float | None] = mapped_column(Float)  # usual seconds a token
+    # Calls that ended, and those that failed, since it was judged last by them.
+    ended: Mapped[int] = mapped_column(Integer, default=0)
+    failed: Mapped[int] = mapped_column(Integer, default=0)
     # Until when it asked to be left alone (Retry-After).
     cool_until: Mapped[float] = mapped_column(Float, default=0.0)
     # The circuit: how often in a row the teacher was found away, and until when nobody asks.
     away: Mapped[int] = mapped_column(Integer, default=0)
     open_until: Mapped[float] = mapped_column(Float, default=0.0)
+
+
+class TeacherTenant(Meter, Base):
+    """What one tenant takes of an endpoint, within the limits that its own specs name."""
+
+    __tablename__ = "teacher_tenants"
+
+    endpoint: Mapped[str] = mapped_column(
+        ForeignKey("teacher_endpoints.endpoint"), primary_key=True
+    )
+    tenant_id: Mapped[str] = mapped_column(String(63), primary_key=True)
+    # Usual seconds a token: long prompts are not a slow teacher.
+    pace: Mapped[float | None] = mapped_column(Float)
 
 
 class TeacherShare(Base):
@@ -215,6 +241,8 @@ class ProviderBatch(Base):
     created_at: Mapped[float] = mapped_column(Float)
     # Since when it is to end before it is done: by a stop, or its batch's deadline.
     unwanted_since: Mapped[float | None] = mapped_column(Float)
+    # Since when the provider does not list one that it was asked to begin.
+    absent_since: Mapped[float | None] = mapped_column(Float)
 
     __table_args__ = (Index("provider_batches_by_state", "state"),)
 
@@ -324,7 +352,8 @@ class RegisteredTeacher(Base):
 class Tranche(Base):
     """Money that one process of the API took from a teacher's account, to serve live traffic
     without a transaction a call. `state`: open (`microusd` are reserved in the account), expired
-    (its process died: `microusd` of it are still listed as an `unknown` charge)."""
+    (its process died: `microusd` of it are still listed as an `unknown` charge). `drawn` is what it
+    took and did not give back, settled or not: by that a repeated change is told from a new one."""
 
     __tablename__ = "tranches"
 
@@ -333,6 +362,7 @@ class Tranche(Base):
     account: Mapped[str] = mapped_column(String(63))
     state: Mapped[str] = mapped_column(String(16), default="open")
     microusd: Mapped[int] = mapped_column(_BIG)
+    drawn: Mapped[int] = mapped_column(_BIG)
     expires_at: Mapped[float] = mapped_column(Float)
 
     __table_args__ = (
@@ -365,7 +395,23 @@ class CapturedBatch(Base):
     __table_args__ = (
         Index("captured_by_time", "tenant_id", "first_at", "batch_id"),
         Index("captured_by_age", "tenant_id", "stored_at"),
+        Index("captured_by_teacher", "tenant_id", "teacher", "stored_at"),
     )
+
+
+class CapturedTotal(Base):
+    """The sums over all recorded exchanges with one teacher, kept with each batch, so that nobody
+    reads all batches for them."""
+
+    __tablename__ = "captured_totals"
+
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.tenant_id"), primary_key=True)
+    teacher: Mapped[str] = mapped_column(String(63), primary_key=True)
+    records: Mapped[int] = mapped_column(_BIG)
+    failures: Mapped[int] = mapped_column(_BIG)
+    microusd: Mapped[int] = mapped_column(_BIG)
+    first_at: Mapped[float] = mapped_column(Float)
+    last_at: Mapped[float] = mapped_column(Float)
 
 
 class Outbox(Base):

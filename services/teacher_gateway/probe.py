@@ -21,7 +21,6 @@ from sqlalchemy.orm import Session
 from services.teacher_gateway import reasons
 from services.teacher_gateway.batch_input import read_spec, read_tokenizer
 from services.teacher_gateway.context import Context
-from services.teacher_gateway.counters import CALLS
 from services.teacher_gateway.database import now, transaction
 from services.teacher_gateway.fitness import Unfit, did_not_answer, judge
 from services.teacher_gateway.ledger import changed, lock
@@ -29,14 +28,15 @@ from services.teacher_gateway.limits.endpoints import count_call
 from services.teacher_gateway.models import Pipeline
 from services.teacher_gateway.paid_calls import (
     PROBE_MESSAGES,
+    PaidCalls,
     Question,
-    book,
     book_worst,
     probe_question,
 )
 from services.teacher_gateway.stop import TERMINAL, fail_pipeline, finish_stopping
-from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, Reject, Retry
+from services.teacher_gateway.teachers.outcomes import Call, Outcome, Reject, Retry
 from services.teacher_gateway.teachers.routes import open_teacher
+from services.teacher_gateway.timeouts import backoff
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, StoreUnavailable
 from stillhouse.chassis.logs import logger
@@ -84,18 +84,12 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         failed = not _book(session, context, pipeline_id, questions)
     if not failed:
         crash_point("probe_booked")
-        heard = asyncio.run(_ask_all(context, resolved, questions, chat, expected))
+        calls = PaidCalls(context.engine, pipeline_id, list(questions.values()))
+        try:
+            heard = asyncio.run(_ask_all(context, resolved, questions, calls, chat, expected))
+        finally:
+            calls.close()
         with transaction(context.engine) as session:
-            for one in heard:
-                question = one.question
-                book(
-                    session,
-                    pipeline_id,
-                    question.charge_id,
-                    one.outcome,
-                    question.teacher,
-                    question.worst_microusd,
-                )
             failed = _decide(session, context, pipeline_id, attempt, heard)
     if failed:
         finish_stopping(context.engine, context.store, pipeline_id)
@@ -184,13 +178,13 @@ async def _ask_all(
     context: Context,
     resolved: ResolvedSpec,
     questions: dict[int, Question],
+    calls: PaidCalls,
     chat: ChatTokenizer,
     expected: int,
 ) -> list[Heard]:
     async def ask(number: int, question: Question) -> Heard:
         signal = resolved.signals[question.teacher.name]
-        outcome = await _ask(context, question, resolved, chat.today)
-        CALLS.labels("answered" if isinstance(outcome, Answered) else "probe_failed").inc()
+        outcome = await _ask(context, question, calls, resolved, chat.today)
         place = f"teachers[{number}]"
         unfit = judge(outcome, question.teacher, signal, chat, expected, field=place)
         return Heard(number, question, outcome, unfit)
@@ -199,7 +193,11 @@ async def _ask_all(
 
 
 async def _ask(
-    context: Context, question: Question, resolved: ResolvedSpec, today: date | None
+    context: Context,
+    question: Question,
+    calls: PaidCalls,
+    resolved: ResolvedSpec,
+    today: date | None,
 ) -> Outcome:
     teacher = question.teacher
     # Weights are loaded first, which takes as long as it takes.
@@ -215,7 +213,7 @@ async def _ask(
             pin=resolved.pinned.get(teacher.weights or ""),
         ) as client:
             deadline = min(seconds, teacher.limits.timeout_seconds)
-            return await client.ask(question.call, deadline=deadline)
+            return await calls.ask(client, question, deadline=deadline)
     except PermanentError as error:
         return Reject(error.reason, str(error))
 
@@ -249,7 +247,7 @@ def _decide(
     values: dict[str, Any] = {"attempts": 0, "next_attempt_at": None, "collect": "running"}
     if away:
         asked = max(a.outcome.after or 0.0 for a in away if isinstance(a.outcome, Retry))
-        pause = min(context.times.probe_backoff * 2 ** (attempt - 1), 60.0)
+        pause = backoff(context.times.probe_backoff, attempt - 1, cap=60.0)
         values = {"next_attempt_at": now(session) + max(pause, min(asked, 60.0))}
     changed(session, update(Pipeline).where(Pipeline.pipeline_id == pipeline_id).values(**values))
     return False

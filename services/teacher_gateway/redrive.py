@@ -21,7 +21,7 @@ from services.teacher_gateway.database import now, reading, transaction
 from services.teacher_gateway.ledger import lock
 from services.teacher_gateway.models import History, Pipeline, Redrive
 from services.teacher_gateway.stop import ENDED_STAGES, fail_pipeline
-from services.teacher_gateway.timeouts import GatewayTimeouts
+from services.teacher_gateway.timeouts import GatewayTimeouts, backoff
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.events import StageProgressed
@@ -188,10 +188,10 @@ def _note(
                 next_at=clock,
             )
             session.add(row)
-        pause = times.redrive * 2 ** min(row.sent, MOST_DOUBLINGS) * rng.uniform(0.8, 1.2)
+        pause = backoff(times.redrive, min(row.sent, MOST_DOUBLINGS), rng=rng)
         # A queue that is not empty still holds the last one: sending more helps nobody.
         if not taken:
-            row.next_at = clock + times.redrive * rng.uniform(0.8, 1.2)
+            row.next_at = clock + backoff(times.redrive, 0, rng=rng)
             return False
         if row.sent and not step.may_wait and moved <= row.last_at:
             row.tries += 1

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,7 @@ DRAIN_BYTES = 64 * 2**20
 DRAIN_SECONDS = 10.0
 IDLE_SECONDS = 30.0
 _HOST = re.compile(r"^(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]{1,5})?$")
+_MOST_KNOWN = 1000
 _PROBES = frozenset({"/healthz", "/readyz"})
 
 
@@ -31,7 +32,7 @@ class RequestLimits:
         self, app: ASGIApp, *, hosts: frozenset[str], max_bytes: Callable[[str], int]
     ) -> None:
         self._app = app
-        self._hosts = hosts
+        self._heads = Heads(hosts)
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,8 +41,10 @@ class RequestLimits:
             return
         limit = self._max_bytes(scope["path"])
         try:
-            self._check_host(scope)
-            self._check_headers(scope, limit)
+            # An orchestrator asks by address.
+            head = self._heads.read(scope["headers"], any_host=scope["path"] in _PROBES)
+            if head.length > limit:
+                raise _too_large(limit)
         except ProblemError as error:
             await drain(receive)
             await error.response()(scope, receive, send)
@@ -78,23 +81,52 @@ class RequestLimits:
                 raise
             await error.response()(scope, receive, send)
 
-    def _check_host(self, scope: Scope) -> None:
-        if scope["path"] in _PROBES:
-            return  # an orchestrator asks by address
-        found = [value for name, value in scope["headers"] if name == b"host"]
-        if len(found) != 1 or not host_is_allowed(found[0], self._hosts):
-            raise wrong_host()
 
-    def _check_headers(self, scope: Scope, limit: int) -> None:
-        headers = dict(scope["headers"])
-        coding = headers.get(b"content-encoding", b"identity").strip().lower()
-        if coding not in (b"", b"identity"):
-            raise ProblemError(
-                415, "content-encoding", "expected a body without Content-Encoding: send it plain"
-            )
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > limit:
-            raise _too_large(limit)
+class Head(NamedTuple):
+    """What is read of a request's headers; a `length` that nobody announced is 0."""
+
+    authorization: bytes
+    length: int
+
+
+class Heads:
+    """What the head of a request must be, for REST and capture alike."""
+
+    def __init__(self, hosts: frozenset[str]) -> None:
+        self._hosts = hosts
+        self._known: set[bytes] = set()  # Host headers that were right before
+
+    def read(self, headers: Iterable[tuple[bytes, bytes]], *, any_host: bool = False) -> Head:
+        """Look at each header once. Raises ProblemError (400 or 415)."""
+        hosts: list[bytes] = []
+        authorization, length = b"", 0
+        for name, value in headers:
+            if name == b"host":
+                hosts.append(value)
+            elif name == b"authorization":
+                authorization = value
+            elif name == b"content-length":
+                if not value.isdigit():
+                    raise ProblemError(400, "content-length", "expected a number as Content-Length")
+                length = int(value[:20])
+            elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                raise ProblemError(
+                    415,
+                    "content-encoding",
+                    "expected a body without Content-Encoding: send it plain",
+                )
+        if not any_host and not (len(hosts) == 1 and self._allows(hosts[0])):
+            raise wrong_host()
+        return Head(authorization, length)
+
+    def _allows(self, host: bytes) -> bool:
+        if host in self._known:
+            return True
+        if not host_is_allowed(host, self._hosts):
+            return False
+        if len(self._known) < _MOST_KNOWN:
+            self._known.add(host)
+        return True
 
 
 def host_is_allowed(header: bytes, hosts: frozenset[str]) -> bool:

@@ -311,10 +311,13 @@ class CapturedView(BaseModel):
     records: int = Field(description="exchanges with a whole answer: what prompts are made from")
     failures: int = Field(description="exchanges without one")
     cost_microusd: int
-    teachers: list[CapturedTeacher]
+    teachers: list[CapturedTeacher] = Field(description="a page of them, by name")
+    next: str | None = Field(description="what to give as `after` for the next page of teachers")
     tags: dict[str, dict[str, int]] = Field(
-        description="names and values with their records, among the newest batches"
+        description="names and values with their records, among the newest batches: of each name "
+        "the most frequent values"
     )
+    tags_left_out: int = Field(description="pairs of name and value that are not in `tags`")
     reasons: dict[str, int] = Field(description="failures by reason, among the newest batches")
     last_failures: list[CapturedFailure] = Field(description="newest first")
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
 
 from stillhouse.chassis.settings import ReferenceSettings, split_words
+
+# NAME@*, NAME@host or NAME@ an IPv6 address: the port is not asked for, and so not named.
+_PAIR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*@(\*|[^@\s*:/]+|[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*)")
 
 
 def _names(value: object) -> object:
     return split_words(value.lower()) if isinstance(value, str) else value
+
+
+def _pairs(value: object) -> object:
+    """Read pairs NAME@host; of these the host has no upper case."""
+    if not isinstance(value, str):
+        return value
+    parts = [word.partition("@") for word in value.split(",") if word.strip()]
+    return ["".join((name.strip(), at, host.strip().lower())) for name, at, host in parts]
 
 
 class TeacherGatewaySettings(ReferenceSettings):
@@ -71,6 +83,11 @@ class TeacherGatewaySettings(ReferenceSettings):
         ge=1_048_576,
         description="most recorded traffic that waits on one API's disk",
     )
+    capture_memory_bytes: int = Field(
+        268_435_456,
+        ge=16_777_216,
+        description="most memory for the bodies and answers of live calls in flight in one API",
+    )
     capture_max_body_bytes: int = Field(
         4_194_304, ge=1024, description="largest body of a chat completion's request"
     )
@@ -80,18 +97,19 @@ class TeacherGatewaySettings(ReferenceSettings):
     grace_seconds: float = Field(
         6, ge=0, le=600, description="how long a stopping API lets open requests finish"
     )
-    secret_hosts: Annotated[tuple[str, ...], BeforeValidator(split_words)] | None = Field(
-        None,
-        description="which variable may be sent to which teacher's host, as NAME@host by commas; "
-        "unset: any when embedded, none when deployed",
+    secret_hosts: Annotated[tuple[str, ...], BeforeValidator(_pairs)] = Field(
+        (),
+        description="which variable may be sent as a key to which teacher's host: NAME@host, or "
+        "NAME@* for any host, by commas; `stillhouse up --pass-env` sets it",
     )
 
-    @model_validator(mode="after")
-    def _secrets_name_hosts(self) -> TeacherGatewaySettings:
-        for pair in self.secret_hosts or ():
-            if pair.count("@") != 1:
-                raise ValueError(f"secret_hosts: expected NAME@host, found {pair!r}")
-        return self
+    @field_validator("secret_hosts")
+    @classmethod
+    def _secrets_name_hosts(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        for pair in pairs:
+            if not _PAIR.fullmatch(pair):
+                raise ValueError(f"expected NAME@host, without a port, found {pair!r}")
+        return pairs
 
     @property
     def private_teachers(self) -> bool:

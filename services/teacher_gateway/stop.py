@@ -14,7 +14,7 @@ from sqlalchemy import Engine, or_, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.database import now, reading, transaction
-from services.teacher_gateway.ledger import changed, lock
+from services.teacher_gateway.ledger import changed, lock, lock_batches
 from services.teacher_gateway.models import Batch, Item, Pipeline
 from services.teacher_gateway.outbox import emit
 from services.teacher_gateway.reasons import PIPELINE_STOPPED
@@ -42,12 +42,9 @@ def mark_stopping(session: Session, pipeline: Pipeline, outcome: Outcome, reason
         if getattr(pipeline, stage) not in ENDED_STAGES:
             setattr(pipeline, stage, outcome)
     # What lies at a provider is cancelled there at once.
-    changed(
-        session,
-        update(Batch)
-        .where(Batch.pipeline_id == pipeline.pipeline_id, Batch.provider_batch.is_not(None))
-        .values(next_attempt_at=0.0),
-    )
+    there = (Batch.pipeline_id == pipeline.pipeline_id, Batch.provider_batch.is_not(None))
+    lock_batches(session, *there)
+    changed(session, update(Batch).where(*there).values(next_attempt_at=0.0))
     session.flush()
     return True
 
@@ -105,6 +102,7 @@ def finish_stopping(engine: Engine, store: ObjectStore, pipeline_id: str) -> boo
             Batch.reserved_microusd == 0,
             Batch.provider_batch.is_(None),
         )
+        lock_batches(session, *idle)
         changed(session, update(Batch).where(*idle).values(state="closed", closed_at=clock))
         open_batch = select(Batch.batch).where(
             Batch.pipeline_id == pipeline_id,

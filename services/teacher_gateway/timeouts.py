@@ -9,12 +9,17 @@ deadline of a whole batch (`close_deadline_hours`) is a row's, not a process's, 
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from stillhouse.chassis import jobs
 from stillhouse.chassis.errors import PermanentError
+
+# More would be a number beyond all caps.
+_MOST_DOUBLINGS = 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class GatewayTimeouts:
     provider_poll: float
     provider_poll_cap: float
     provider_cancel: float
+    # One whose creation nobody confirmed is looked for so long before there is another.
+    provider_absent: float
     # How long train batches wait for the student with `start: after_student`.
     student: float = 600
 
@@ -73,9 +80,29 @@ class GatewayTimeouts:
                 f"expected 2 x beat < lease_ttl < lease, found {self}", reason="settings"
             )
 
+    def batch_pause(self, in_a_row: int, asked_for: float = 0.0) -> float:
+        """Seconds until a batch, or an endpoint, is tried again that failed so often before; what
+        the other side `asked_for` at least."""
+        return max(backoff(self.batch_backoff, in_a_row, cap=self.batch_backoff_cap), asked_for)
+
     @property
     def for_jobs(self) -> jobs.Timeouts:
         return jobs.Timeouts(job=self.job, visibility=self.visibility, consumer=self.consumer)
+
+
+def backoff(
+    first: float,
+    in_a_row: int,
+    *,
+    cap: float = math.inf,
+    jitter: float = 0.2,
+    rng: random.Random | None = None,
+) -> float:
+    """A pause that doubles with each failure in a row up to a cap, so that what is down is not
+    asked in vain, and differs a little, so that not all ask at once again."""
+    pause = min(first * 2.0 ** min(in_a_row, _MOST_DOUBLINGS), cap)
+    chance = rng or random
+    return pause * chance.uniform(1 - jitter, 1 + jitter)
 
 
 EMBEDDED = GatewayTimeouts(
@@ -103,6 +130,7 @@ EMBEDDED = GatewayTimeouts(
     provider_poll=10,
     provider_poll_cap=120,
     provider_cancel=900,
+    provider_absent=60,
 )
 DEPLOYED = GatewayTimeouts(
     call=600,
@@ -129,6 +157,7 @@ DEPLOYED = GatewayTimeouts(
     provider_poll=60,
     provider_poll_cap=900,
     provider_cancel=900,
+    provider_absent=600,
 )
 
 

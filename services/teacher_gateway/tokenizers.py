@@ -5,6 +5,8 @@ weights that a teacher has (`weights`, or `reference` beside its address), or el
 student's own. A student cannot learn from ids of another tokenizer, nor can one conversation be
 rendered in two ways: teachers whose log-probabilities or counts are learnt must agree in both.
 The text of a teacher with another tokenizer can be learnt all the same, and nothing else of it.
+What a comparison with the teacher's weights needs (`training.distribution`) is checked here as
+well: the trainer would find out when answers have been paid for.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from services.teacher_gateway.prompts.lines import PromptLine
+from stillhouse.chassis.download import Watching, nobody
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.model_folder import read_json
 from stillhouse.chassis.origins import CONFIG
@@ -30,6 +33,7 @@ from stillhouse.contracts.spec import Spec
 
 TOKENIZER_REFUSED = "tokenizer_refused"
 TOKENIZER_MISMATCH = "tokenizer_mismatch"
+VOCABULARY_MISMATCH = "vocabulary_mismatch"
 LAYERS_REFUSED = "student_layers_refused"
 
 
@@ -50,40 +54,51 @@ class FoundTokenizer:
     pins: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_tokenizer(spec: Spec, sources: Sources) -> FoundTokenizer:
+def find_tokenizer(spec: Spec, sources: Sources, watching: Watching = nobody) -> FoundTokenizer:
     """Read the teachers' tokenizer and check the student's weights against it.
 
-    Raises PermanentError that names the folders at fault.
+    `watching` is told of everything that is fetched. Raises PermanentError that names the folders
+    at fault.
     """
     student = spec.student.weights
     named = {student, *(t.known_weights for t in spec.teachers if t.known_weights)}
-    pins = {name: pin for name in sorted(named) if (pin := pin_of(name, sources)) is not None}
-    with opened(student, sources, part="tokenizer", pin=pins.get(student)) as folder:
-        config = read_json(folder, CONFIG)
+    pins: dict[str, str] = {}
+    for name in sorted(named):
+        watching(0, 0)
+        if (pin := pin_of(name, sources)) is not None:
+            pins[name] = pin
+
+    def read(reference: str) -> tuple[dict[str, Any], ChatTokenizer]:
+        pin = pins.get(reference)
+        with opened(reference, sources, part="tokenizer", pin=pin, watching=watching) as folder:
+            return read_json(folder, CONFIG), _read(folder, reference)
+
+    config, learned = read(student)
     _check_layers(spec, config)
-    learned = load_tokenizer(student, sources, pin=pins.get(student))
+    compared = spec.training.distribution == "weights"
     same: dict[str, ChatTokenizer] = {}
     text_only = set()
     for teacher in spec.teachers:
         reference = teacher.known_weights
         if reference is None or reference in same:
             continue
-        taught = learned
-        if reference != student:
-            taught = load_tokenizer(reference, sources, pin=pins.get(reference))
+        theirs, taught = (config, learned) if reference == student else read(reference)
         if taught.tokenizer_sha256 == learned.tokenizer_sha256:
             same[reference] = taught
-        elif spec.signal.kind in ("text", "auto"):
+        elif spec.signal.kind in ("text", "auto") and not compared:
             text_only.add(teacher.name)
         else:
+            instead = "`training.loss: sft` with " if compared else ""
             raise PermanentError(
                 f"the student's tokenizer ({student}, SHA-256 {learned.tokenizer_sha256[:12]}) is "
                 f"not the teacher's ({reference}, SHA-256 {taught.tokenizer_sha256[:12]}): the "
                 "teacher's token ids mean nothing to this student; take student weights with the "
                 "teacher's tokenizer, such as its own layers (`layers` and `of`), or "
-                "`signal.kind: text`",
+                f"{instead}`signal.kind: text`",
                 reason=TOKENIZER_MISMATCH,
             )
+        if compared:
+            _check_compared(reference, theirs, student, config)
     source, chat = next(iter(same.items()), (student, learned))
     if spec.signal.kind != "text":
         _check_templates(source, same)
@@ -97,6 +112,21 @@ def find_tokenizer(spec: Spec, sources: Sources) -> FoundTokenizer:
     return FoundTokenizer(
         chat, source, frozenset(text_only), source if everyones == {source} else None, pins
     )
+
+
+def _check_compared(
+    teacher: str, theirs: Mapping[str, Any], student: str, own: Mapping[str, Any]
+) -> None:
+    """Refuse weights whose output layers are of different sizes, such as by padding."""
+    if theirs["vocab_size"] != own["vocab_size"]:
+        raise PermanentError(
+            f"the teacher {teacher} has an output layer for {theirs['vocab_size']} ids and the "
+            f"student {student} for {own['vocab_size']} (`vocab_size` of config.json, with its "
+            "padding), and `training.distribution: weights` compares them id by id: take a student "
+            "of the same size, such as the teacher's own layers (`layers` and `of`), or leave "
+            "`distribution` out and learn from the stored signal (`loss: forward_kl`)",
+            reason=VOCABULARY_MISMATCH,
+        )
 
 
 def _check_templates(source: str, same: Mapping[str, ChatTokenizer]) -> None:

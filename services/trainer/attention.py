@@ -20,6 +20,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "documents"
+# Queries of a row longer than the window that are looked at together: what each of them may see is
+# then a matrix of length x (window + this), not length x length.
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,21 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=shared
         )
-    back = torch.arange(length, device=query.device)
-    back = back[:, None] - back[None, :]
-    seen = (back >= 0) & (back < window)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=shared
-    )
+    parts = []
+    for start, part in zip(range(0, length, _BLOCK), query.split(_BLOCK, dim=2), strict=True):
+        first, end = max(0, start - window + 1), start + part.shape[2]
+        at = torch.arange(start, end, device=query.device)[:, None]
+        back = at - torch.arange(first, end, device=query.device)
+        found = scaled_dot_product_attention(
+            part,
+            key[:, :, first:end],
+            value[:, :, first:end],
+            attn_mask=(back >= 0) & (back < window),
+            scale=scaling,
+            enable_gqa=shared,
+        )
+        parts.append(found)
+    return torch.cat(parts, dim=2)
 
 
 def _varlen(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 
-from services.trainer.hold import Hold
+from services.trainer.hold import Hold, TrainingStopped
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.contracts.envelope import seal
 from stillhouse.contracts.events import StageProgressed
 
 
 class Fetching:
-    """Called about once a second with the bytes so far and in all."""
+    """Called about once a second with the bytes so far and in all (0, 0: not known yet).
+
+    Raises what ends a holding: LeaseLost, TrainingStopped, or RetryableError where the process is
+    to end.
+    """
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
-        self._told_at = time.monotonic()
+        self._looked_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         hold, tools = self._hold, self._hold.tools
@@ -24,9 +28,13 @@ class Fetching:
         if tools.stopping.is_set():
             raise RetryableError("the trainer is to end: what was fetched so far is kept")
         pause = tools.settings.progress_seconds
-        if not total or time.monotonic() - self._told_at < pause:
+        if time.monotonic() - self._looked_at < pause:
             return
-        self._told_at = time.monotonic()
+        self._looked_at = time.monotonic()
+        if hold.stopped():
+            raise TrainingStopped
+        if not total:
+            return
         event = StageProgressed(
             stage="train",
             figures={"fetched_bytes": float(done), "weights_bytes": float(total)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,20 @@ class Passes:
         return total
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[MicroBatch]:
-        """The next one is put together while the one before is computed with."""
+        """The next one is put together while the one before is computed with, and no more: targets
+        are far larger than rows, and a step has as many tokens as its spec says."""
+        parts = micro_batches(rows, self.plan.micro_batch_tokens)
         with ThreadPoolExecutor(1, thread_name_prefix="collate") as beside:
-            coming = [
-                beside.submit(collate, part, self.training.loss, self.device)
-                for part in micro_batches(rows, self.plan.micro_batch_tokens)
-            ]
-            for each in coming:
-                yield each.result()
+
+            def start(part: Sequence[Row]) -> Future[MicroBatch]:
+                return beside.submit(collate, part, self.training.loss, self.device)
+
+            coming = start(parts[0])
+            for part in parts[1:]:
+                ready = coming.result()
+                coming = start(part)
+                yield ready
+            yield coming.result()
 
     def _words(self, model: Any, batch: MicroBatch) -> Tensor:
         """The embeddings of the ids, cut off from the matrix: autograd would make a gradient of

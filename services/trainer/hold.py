@@ -15,7 +15,9 @@ from services.trainer.timeouts import TrainerTimes
 from stillhouse.chassis.errors import StoreUnavailable
 from stillhouse.chassis.leases import Lease
 from stillhouse.chassis.logs import logger
+from stillhouse.chassis.references import Sources
 from stillhouse.chassis.storage import ObjectStore
+from stillhouse.contracts import artifacts
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.spec import ResolvedSpec
 from stillhouse.contracts.trainings import Environment, TrainingState
@@ -23,6 +25,10 @@ from stillhouse.contracts.trainings import Environment, TrainingState
 log = logger(__name__)
 
 T = TypeVar("T")
+
+
+class TrainingStopped(Exception):
+    """Nobody wants the training any more: it is left as it is."""
 
 
 class Announcer(Protocol):
@@ -49,6 +55,8 @@ class Tools:
     device: torch.device
     here: Environment
     scratch: Path
+    # Where weights that a spec names may come from.
+    sources: Sources
 
     @property
     def times(self) -> TrainerTimes:
@@ -75,6 +83,11 @@ class Hold:
     @property
     def training(self) -> str:
         return self.resolved.training_id
+
+    def stopped(self) -> bool:
+        """Whether the pipeline was cancelled, or failed elsewhere."""
+        key = artifacts.stopped_key(self.tenant, self.pipeline)
+        return self.persist(lambda: self.tools.store.exists(key))
 
     def persist(self, call: Callable[[], T]) -> T:
         """Call again while the store does not answer, as long as the lease is held.

@@ -21,14 +21,13 @@ import torch
 from services.trainer import announce, memory, metrics, plan, student, work
 from services.trainer.data import INVALID_SHARD, End, Missing, StepRows, TrainData
 from services.trainer.gradients import Passes
-from services.trainer.hold import Hold
+from services.trainer.hold import Hold, TrainingStopped
 from services.trainer.saver import Saver
 from services.trainer.session import Session, head_cursor, prepare, resume
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.leases import LeaseLost
 from stillhouse.chassis.logs import logger
-from stillhouse.contracts import artifacts
 from stillhouse.contracts.envelope import Envelope, seal
 from stillhouse.contracts.events import StageProgressed
 from stillhouse.contracts.trainings import Cursor, LedgerEntry
@@ -82,6 +81,8 @@ class TrainingRun:
                 outcome = self._run()
             finally:
                 self._saver.close()
+        except TrainingStopped:
+            outcome = Outcome.STOPPED
         except LeaseLost as error:
             metrics.LEASES_LOST.inc()
             log.warning("lease lost; the training is left as it is", why=str(error))
@@ -192,8 +193,7 @@ class TrainingRun:
 
     def _look_around(self) -> Outcome | None:
         """Was the pipeline stopped? Is it another training's turn?"""
-        key = artifacts.stopped_key(self._hold.tenant, self._hold.pipeline)
-        if self._hold.persist(lambda: self._tools.store.exists(key)):
+        if self._hold.stopped():
             return Outcome.STOPPED
         self.rival = self._tools.rival((self._hold.tenant, self._hold.pipeline))
         if self.rival is None:

@@ -128,21 +128,24 @@ def quickest(sizes: tuple[int, ...], seconds: Callable[[int], float | None]) -> 
 
 
 def _activation_bytes(model: Any, layers: int, device: torch.device, dtype: str) -> int:
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    """What more tokens keep: weights, and their copies in bfloat16, are kept once for them all."""
+    with _few_layers(model) as few:
+        once, twice = (_kept_bytes(model, n * _TOKENS, device, dtype) for n in (1, 2))
+    return round((twice - once) / _TOKENS * layers / few)
+
+
+def _kept_bytes(model: Any, tokens: int, device: torch.device, dtype: str) -> int:
+    """What a forward pass keeps for the backward one."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with (
-        _few_layers(model) as few,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        _layers_pass(model, _TOKENS, device, dtype)
-    return round(sum(kept.values()) / _TOKENS * layers / few)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _hidden(model, tokens, device, dtype)
+    return sum(kept.values())
 
 
 @contextmanager
@@ -156,17 +159,21 @@ def _few_layers(model: Any) -> Iterator[int]:
 
 
 def _layers_pass(model: Any, tokens: int, device: torch.device, dtype: str) -> None:
+    _hidden(model, tokens, device, dtype).float().sum().backward()
+
+
+def _hidden(model: Any, tokens: int, device: torch.device, dtype: str) -> Tensor:
     documents = Documents.of([_ROW] * (tokens // _ROW), device)
     ids = torch.arange(tokens, device=device)[None] % student.vocabulary(model)
     words = embedding(ids, model.get_input_embeddings().weight.detach()).requires_grad_()
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        hidden = model.model(
+        found: Tensor = model.model(
             inputs_embeds=words,
             position_ids=torch.arange(tokens, device=device)[None] % _ROW,
             documents=documents,
             use_cache=False,
         ).last_hidden_state
-    hidden.float().sum().backward()
+    return found
 
 
 def _head_pass(model: Any, tokens: int, device: torch.device) -> None:

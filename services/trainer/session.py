@@ -12,14 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from services.trainer import checkpoint, plan, probe, student
+from services.trainer import checkpoint, matrices, plan, probe, student
 from services.trainer.fetching import Fetching
 from services.trainer.hold import Hold
 from services.trainer.optim import Optimizer
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import MissingObject, PermanentError
 from stillhouse.chassis.logs import logger
-from stillhouse.chassis.references import sources_of
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.chat import ChatTokenizer, Message
@@ -60,7 +59,7 @@ def prepare(hold: Hold) -> Session:
     scratch = tools.scratch / "reference"
     model = student.open_reference(
         spec.weights,
-        sources_of(tools.settings),
+        tools.sources,
         scratch,
         pin=hold.resolved.pinned.get(spec.weights),
         watching=Fetching(hold),
@@ -76,6 +75,7 @@ def prepare(hold: Hold) -> Session:
     if settled is None:
         influence, keep = None, None
         if spec.layers is not None:
+            matrices.use(tools.here.matrices)
             influence = student.block_influence(model, _calibration(hold, chat))
             keep = student.layers_to_keep(influence, spec.layers)
         hold.lease.check()
@@ -121,11 +121,18 @@ def _teacher(hold: Hold, model: Any) -> Any:
     if hold.resolved.spec.training.distribution == "stored":
         return None
     reference = hold.resolved.reference
-    assert reference is not None, "the spec requires it"
+    if reference is None:
+        raise PermanentError(
+            "`training.distribution: weights` compares the student with the teacher's weights, and "
+            "spec.json names none that all teachers share and whose tokenizer is the student's: "
+            "post the pipeline again with `teachers[0].reference` (or `weights`) of the student's "
+            "family, or with `distribution: stored`",
+            reason="teacher_weights_unknown",
+        )
     tools = hold.tools
     teacher = student.open_teacher(
         reference,
-        sources_of(tools.settings),
+        tools.sources,
         tools.scratch / "teacher",
         model,
         pin=hold.resolved.pinned.get(reference),

@@ -29,6 +29,7 @@ from services.trainer.settings import TrainerSettings
 from stillhouse.chassis import bus, leases
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.logs import logger
+from stillhouse.chassis.references import sources_of
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts import artifacts
 from stillhouse.contracts.envelope import Envelope, seal
@@ -100,6 +101,7 @@ class Trainer:
             device=device,
             here=environment(device, settings),
             scratch=scratch,
+            sources=sources_of(settings),
         )
 
     @property

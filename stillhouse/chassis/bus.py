@@ -21,7 +21,8 @@ from stillhouse.contracts.flow import SERVICES, Service, consumed_by, published_
 EXCHANGE = Exchange("stillhouse.events", type="topic", durable=True)
 DELIVERY_LIMIT = 5
 PUBLISH_TIMEOUT = 10.0
-# Seconds of silence after which an answer that RabbitMQ owes is given up: py-amqp waits for ever.
+# Seconds of silence after which an answer that the broker owes is given up: py-amqp and redis-py
+# wait for ever. It must be longer than the second for which kombu has Valkey wait for a message.
 SILENCE_TIMEOUT = 20.0
 
 _JSON = {"content_type": "application/json", "content_encoding": "utf-8"}
@@ -83,6 +84,7 @@ def transport_options(
         "unacked_key": f"unacked.{service}",
         "unacked_index_key": f"unacked_index.{service}",
         "unacked_mutex_key": f"unacked_mutex.{service}",
+        "socket_timeout": SILENCE_TIMEOUT,
         "socket_keepalive": True,
         "health_check_interval": 10,
     }

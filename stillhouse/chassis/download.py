@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -33,6 +34,19 @@ Watching = Callable[[int, int], None]
 
 def nobody(_done: int, _total: int) -> None:
     """Nobody watches."""
+
+
+def seldom(watching: Watching) -> Watching:
+    """Tell about once a second, however often this is called."""
+    told_at = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at >= _LOOK_SECONDS:
+            told_at = time.monotonic()
+            watching(done, total)
+
+    return told
 
 
 class _Stopped(Exception):

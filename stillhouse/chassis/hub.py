@@ -2,7 +2,8 @@
 
 Every file has a digest in the commit's listing (SHA-256, or git's own), and is checked against it.
 Nothing is sent but requests for files; the token goes to the endpoint alone, since redirects to
-other hosts drop it.
+other hosts drop it. It is the operator's own and a reference is anyone's, so it is sent for the
+repositories of those owners only that the operator named.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ HUB_OFFLINE = "hub_offline"
 HUB_AWAY = "hub_away"
 _TIMEOUT = 20.0  # seconds without a byte
 _BUSY = frozenset({408, 425, 429})
+_OWNERS = "its HUB_TOKEN_OWNERS"
 _ELSEWHERE = "or copy the folder to a place that the service may read and name it as file: or s3:"
 
 
@@ -34,10 +36,16 @@ class HubUnavailable(OriginUnavailable):
 
 @dataclass(frozen=True)
 class HubAccess:
-    """Which hub is asked, and as whom."""
+    """Which hub is asked, and as whom: with `token` for the repositories of `token_owners` (in
+    small letters; `*`: everyone's), as nobody for others."""
 
     endpoint: str = DEFAULT_ENDPOINT
     token: str | None = field(default=None, repr=False)
+    token_owners: frozenset[str] = frozenset()
+
+    def token_for(self, repository: str) -> str | None:
+        owner = repository.partition("/")[0].lower()
+        return self.token if self.token_owners & {owner, "*"} else None
 
 
 class HubRepository:
@@ -47,6 +55,8 @@ class HubRepository:
         self.reference = reference
         self._repository, _, self._commit = reference.removeprefix("hf://").partition("@")
         self._access = access
+        # False: never a token that someone left in the home folder.
+        self._token = access.token_for(self._repository) or False
         self._files: dict[str, RemoteFile] | None = None
 
     def pin(self) -> str:
@@ -60,8 +70,7 @@ class HubRepository:
     def _list(self) -> dict[str, RemoteFile]:
         from huggingface_hub import HfApi
 
-        # False: never a token that someone left in the home folder.
-        api = HfApi(endpoint=self._access.endpoint, token=self._access.token or False)
+        api = HfApi(endpoint=self._access.endpoint, token=self._token)
         with self._translated():
             try:
                 found = api.model_info(
@@ -105,7 +114,7 @@ class HubRepository:
             revision=self._commit,
             endpoint=self._access.endpoint,
         )
-        headers = build_hf_headers(token=self._access.token or False, library_name="stillhouse")
+        headers = build_hf_headers(token=self._token, library_name="stillhouse")
         # Not compressed: a range then means the same bytes for everyone on the way.
         headers["accept-encoding"] = "identity"
         if start:
@@ -140,14 +149,14 @@ class HubRepository:
             ) from error
         except errors.GatedRepoError as error:
             raise OriginRefused(
-                f"{name} is gated: accept its licence on the hub and give the service the token "
-                f"of that account as HF_TOKEN, {_ELSEWHERE}",
+                f"{name} is gated: accept its licence on the hub, give the service the token of "
+                f"that account as HF_TOKEN and name the owner in {_OWNERS}, {_ELSEWHERE}",
                 reason=ORIGIN_REFUSED,
             ) from error
         except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
             raise OriginRefused(
-                f"{name} is not on the hub at {self._access.endpoint}, or not for this service's "
-                "HF_TOKEN: check the name",
+                f"{name} is not on the hub at {self._access.endpoint}, or not for this service: "
+                f"check the name; a private one takes HF_TOKEN, and its owner in {_OWNERS}",
                 reason=ORIGIN_MISSING,
             ) from error
         except errors.RevisionNotFoundError as error:
@@ -163,7 +172,7 @@ class HubRepository:
                 ) from error
             raise OriginRefused(
                 f"the hub at {self._access.endpoint} answered {status} for {name}: check the "
-                "reference, and HF_TOKEN of the service",
+                f"reference, HF_TOKEN of the service and {_OWNERS}",
                 reason=ORIGIN_REFUSED,
             ) from error
         except httpx2.HTTPError as error:

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.download import Download, Watching, nobody
+from stillhouse.chassis.download import Download, Watching, seldom
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.logs import logger
 from stillhouse.chassis.origins import ORIGIN_CHANGED, Origin, OriginRefused, RemoteFile
@@ -38,6 +38,7 @@ _MANIFEST, _PLAN = "manifest.json", "plan.json"
 _PARTIAL, _LOCK = ".partial", ".lock"
 _LOOK_SECONDS = 0.1
 _TRIES = 3
+_CHUNK = 1 << 20
 
 TOO_LARGE = "weights_too_large"
 
@@ -76,22 +77,20 @@ class ModelCache:
         RetryableError where there is no room now.
         """
         self._prepare()
-
-        def waiting(_done: int, _total: int) -> None:
-            watching(*self._fetched(key))
-
         key = digest_of([origin.reference, pin, part])[:32]
         entry = self._folder / key
+        waiting = seldom(lambda *_: watching(*self._fetched(key)))
+        reading = seldom(watching)
         filled = False
         for _ in range(_TRIES):
             with self._locked(key, fcntl.LOCK_SH, waiting):
                 # What was checked a moment ago is not read once more.
-                if (entry / _MANIFEST).exists() if filled else _is_whole(entry):
+                if (entry / _MANIFEST).exists() if filled else _is_whole(entry, reading):
                     os.utime(self._folder / f"{key}{_LOCK}")
                     yield entry
                     return
             with self._locked(key, fcntl.LOCK_EX, waiting):
-                if not _is_whole(entry):
+                if not _is_whole(entry, reading):
                     self._fill(key, origin, pin, choose, watching)
                     filled = True
         raise RetryableError(
@@ -135,16 +134,17 @@ class ModelCache:
             )
         started = time.monotonic()
         partial.mkdir(exist_ok=True)
-        download = Download(origin, partial, watching)
+        # How much there is in all is known when these have been read.
+        first = Download(origin, partial, lambda *_: watching(0, 0))
 
         def small(name: str) -> Path:
-            download.fetch([listed[name]])
+            first.fetch([listed[name]])
             return partial / name
 
         chosen = choose(listed, small)
         needed = sum(file.size for file in chosen)
-        self._make_room(key, needed)
-        digests = download.fetch(chosen)
+        self._make_room(key, needed, watching)
+        digests = Download(origin, partial, watching).fetch(chosen)
         for left in partial.iterdir():
             if left.name not in digests and left.name != _PLAN:
                 left.unlink()
@@ -160,7 +160,7 @@ class ModelCache:
 
     # Room
 
-    def _make_room(self, key: str, needed: int) -> None:
+    def _make_room(self, key: str, needed: int, watching: Watching) -> None:
         """Remove what was not opened for longest until a folder fits, and reserve its size."""
         if needed > self._most:
             raise PermanentError(
@@ -168,7 +168,7 @@ class ModelCache:
                 f"{self._most}: use a smaller model, or have the operator raise it",
                 reason=TOO_LARGE,
             )
-        with self._locked("room", fcntl.LOCK_EX, nobody):
+        with self._locked("room", fcntl.LOCK_EX, seldom(watching)):
             others = {name: size for name, size in self._sizes().items() if name != key}
             for other in sorted(others, key=self._opened_at):
                 if sum(others.values()) + needed <= self._most:
@@ -250,19 +250,25 @@ def _is_same(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _is_whole(entry: Path) -> bool:
-    """Whether a folder holds what its manifest names, by size and digest."""
+def _is_whole(entry: Path, watching: Watching) -> bool:
+    """Whether a folder holds what its manifest names, by size and digest; large ones take minutes
+    to read."""
     try:
         manifest = Manifest.model_validate_json((entry / _MANIFEST).read_bytes())
-        return all(_kept(entry / name) == kept for name, kept in manifest.files.items())
+        files = manifest.files.items()
+        return all(_kept(entry / name, watching) == kept for name, kept in files)
     except (OSError, ValidationError):
         return False
 
 
-def _kept(path: Path) -> Kept:
+def _kept(path: Path, watching: Watching) -> Kept:
+    size, sha256 = 0, hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Kept(size=os.fstat(file.fileno()).st_size, sha256=digest)
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            sha256.update(chunk)
+            watching(0, 0)
+    return Kept(size=size, sha256=sha256.hexdigest())
 
 
 def _remove(folder: Path) -> None:

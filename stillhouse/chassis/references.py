@@ -72,6 +72,7 @@ def sources_of(settings: ReferenceSettings, environ: Mapping[str, str] = os.envi
     hub = HubAccess(
         endpoint=(environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"),
         token=environ.get("HF_TOKEN") or None,
+        token_owners=settings.token_owners,
     )
     folder = settings.cache_dir or settings.work_dir / "models"
     return Sources(

@@ -74,6 +74,11 @@ class ReferenceSettings(ServiceSettings):
     allow_hub: bool | None = Field(
         None, description="whether `hf:` references are fetched; unset: when embedded"
     )
+    hub_token_owners: Annotated[tuple[str, ...], BeforeValidator(split_words)] | None = Field(
+        None,
+        description="owners on the hub whose repositories are fetched with `HF_TOKEN`, by commas, "
+        "`*` for all; unset: all when embedded, none when deployed",
+    )
     cache_dir: Path | None = Field(
         None,
         description="where fetched weights are kept; unset: `models` in the scratch folder. "
@@ -98,6 +103,13 @@ class ReferenceSettings(ServiceSettings):
     @property
     def hub_allowed(self) -> bool:
         return self.profile == "embedded" if self.allow_hub is None else self.allow_hub
+
+    @property
+    def token_owners(self) -> frozenset[str]:
+        """Whose repositories a spec may open with the operator's own token; `*`: anyone's."""
+        if self.hub_token_owners is None:
+            return frozenset({"*"} if self.profile == "embedded" else ())
+        return frozenset(owner.lower() for owner in self.hub_token_owners)
 
 
 S = TypeVar("S", bound=ServiceSettings)

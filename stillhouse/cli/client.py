@@ -41,6 +41,7 @@ _CHUNK = 1 << 20
 _BUSY = (429, 502, 503, 504)
 _PAGE = 200
 _PAUSE = 0.25
+_POLL = 5.0
 # Two minutes of beginning to ask, and the longest call.
 _PROBE_TIMEOUT = httpx.Timeout(780.0, connect=5.0)
 # The server says something every 15 seconds.
@@ -189,9 +190,14 @@ class Client:
         """Take no more calls for a teacher; what was recorded and paid stays."""
         self._request("DELETE", _teacher_path(name))
 
-    def captured(self) -> Json:
-        """Return what was recorded: totals, tags, the last failures."""
-        return self._json("GET", "/v1/captured")
+    def captured(self, *, teacher: str | None = None) -> Json:
+        """Return what was recorded, of one teacher or of all: totals, tags, the last failures."""
+        query = {} if teacher is None else {"teacher": teacher}
+        found = page = self._json("GET", "/v1/captured", params=query)
+        while page["next"]:
+            page = self._json("GET", "/v1/captured", params={**query, "after": page["next"]})
+            found["teachers"] += page["teachers"]
+        return {**found, "next": None}
 
     # What a pipeline left behind
 
@@ -203,7 +209,8 @@ class Client:
 
     def follow(self, pipeline_id: str, *, after: int = 0) -> Iterator[Json]:
         """Yield the events with a sequence above `after` as they are recorded, each once, until
-        the pipeline has ended; a connection that breaks is made again."""
+        the pipeline has ended; a connection that breaks is made again. While the gateway takes no
+        more streams they come in pages every few seconds."""
         return (event for event in self._messages(pipeline_id, after) if event is not None)
 
     def rejections(
@@ -341,6 +348,15 @@ class Client:
                             after = event["sequence"]
                             yield event
             except (httpx.TransportError, StillhouseApiError) as error:
+                if isinstance(error, StillhouseApiError) and error.status == 429:
+                    # Others hold all streams. Pages tell the same, only later.
+                    for event in self.events(pipeline_id, after=after):
+                        after = event["sequence"]
+                        yield event
+                    yield None
+                    failing_since = None
+                    time.sleep(_POLL)
+                    continue
                 if isinstance(error, StillhouseApiError) and error.status not in _BUSY:
                     raise
                 now = time.monotonic()

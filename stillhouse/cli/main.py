@@ -1,5 +1,5 @@
 """The command line: `stillhouse init check submit status events samples rejections report pull
-cancel teachers up`.
+cancel teachers captured up`.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage. With --json standard output carries JSON and
 nothing else, on an error an object with `error` and what the gateway answered. Else an error is one
@@ -8,6 +8,7 @@ sentence on standard error that says what to do; add --debug to any command for 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -57,6 +58,8 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so ma
 
 # How long a command that watches bears a gateway that is away (it restarts in seconds).
 WATCH_PATIENCE_SECONDS = 60.0
+# Whose tags `captured` asks for, one request each.
+_TAGGED_TEACHERS = 20
 
 
 @app.command()
@@ -176,7 +179,10 @@ def status(
 @app.command()
 def events(
     pipeline_id: PipelineId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", "-f", help="Go on until it ends, or until --limit are shown."),
+    ] = False,
     after: Annotated[int, typer.Option("--after", min=0, help="Only later ones.")] = 0,
     limit: Limit = None,
     url: Url = None,
@@ -193,7 +199,7 @@ def events(
             if follow
             else client.events(pipeline_id, after=after, limit=limit)
         )
-        for event in found:
+        for event in itertools.islice(found, limit):
             if as_json:
                 screen.record(event)
             else:
@@ -373,7 +379,46 @@ def remove_teacher(
     if as_json:
         screen.data({"removed": name})
     else:
-        screen.line(f"{name} is removed; what it answered is still in `captured`")
+        screen.line(f"{name} is removed; what it answered stays: `stillhouse captured` shows it")
+
+
+@app.command()
+def captured(
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="NAME", help="Only of this teacher.")
+    ] = None,
+    url: Url = None,
+    key: Key = None,
+    root: Root = DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Show what was recorded of live traffic: by teacher and tag, and what failed; no texts."""
+    screen = Screen(as_json=as_json)
+    with connect(url, key, root) as client:
+        found = client.captured(teacher=teacher)
+        if as_json:
+            screen.data(found)
+            return
+        names = [entry["teacher"] for entry in found["teachers"]]
+        shown = names[:_TAGGED_TEACHERS]
+        each = {name: client.captured(teacher=name) if len(names) > 1 else found for name in shown}
+    if not names:
+        screen.line(
+            f"nothing was recorded of {teacher}"
+            if teacher
+            else "nothing was recorded yet: `stillhouse teachers add FILE` registers a teacher for "
+            "live traffic"
+        )
+        return
+    screen.table(views.captured_table(found))
+    screen.line()
+    screen.table(views.tags_table(each))
+    if len(names) > len(shown) or found.get("next"):
+        screen.line("there are more teachers: `--teacher NAME` shows one")
+    if found["last_failures"]:
+        screen.line()
+        screen.line(f"failures{views.counted(found['reasons'], before=': ')}; the last ones:")
+        screen.table(views.failures_table(found))
 
 
 @app.command()
@@ -384,7 +429,11 @@ def up(
     ] = None,
     pass_env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A variable for the services, such as a teacher's key."),
+        typer.Option(
+            metavar="NAME[@HOST]",
+            help="A variable for the services, such as a teacher's key; with @HOST it is sent to "
+            "that host alone.",
+        ),
     ] = None,
     file_root: Annotated[
         list[Path] | None,

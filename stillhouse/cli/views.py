@@ -54,6 +54,44 @@ def teachers_table(teachers: Iterable[Json]) -> Table:
     return Table("", headings, rows, numbers=(4, 5))
 
 
+def captured_table(captured: Json) -> Table:
+    """What was recorded of each registered teacher."""
+    rows = [
+        (
+            t["teacher"],
+            str(t["records"]),
+            str(t["failures"]),
+            usd(t["cost_microusd"] / 1e6),
+            moment(t["first_at"]),
+            moment(t["last_at"]),
+        )
+        for t in captured["teachers"]
+    ]
+    headings = ("teacher", "records", "failures", "cost", "first", "last")
+    return Table("", headings, rows, numbers=(1, 2, 3))
+
+
+def tags_table(captured: Mapping[str, Json]) -> Table:
+    """By teacher: the tags of what was recorded, the most used first."""
+    rows = [
+        (teacher, name, value, str(count))
+        for teacher, found in captured.items()
+        for name, values in found["tags"].items()
+        for value, count in sorted(values.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+    headings = ("teacher", "tag", "value", "records")
+    return Table("" if rows else "no record has a tag", headings, rows, numbers=(3,))
+
+
+def failures_table(captured: Json) -> Table:
+    """The last exchanges without a whole answer, which give no prompt."""
+    rows = [
+        (moment(f["at"]), f["teacher"], f["reason"], str(f["status"]), f["detail"])
+        for f in captured["last_failures"]
+    ]
+    return Table("", ("at", "teacher", "reason", "status", "detail"), rows, numbers=(3,))
+
+
 def state_of(pipeline: Json) -> str:
     """The state, and what it will end as where that is settled."""
     ends = f", will be {pipeline['stopping']}" if pipeline["stopping"] else ""
@@ -246,7 +284,8 @@ def findings_table(preflight: Json) -> Table:
         (f["teacher"] or NONE, f["topic"].replace("_", " "), f["value"], f["verdict"])
         for f in preflight["findings"]
     ]
-    return Table("", ("teacher", "finding", "value", "verdict"), rows)
+    title = "what a handful of answers tells (intervals of 95 %, from n answers)"
+    return Table(title, ("teacher", "finding", "value", "verdict"), rows)
 
 
 def advice_lines(preflight: Json) -> list[str]:

@@ -61,7 +61,7 @@ class StackOptions:
     store: Store | None = None
     database_url: str | None = field(default=None, repr=False)
     file_roots: tuple[Path, ...] = ()
-    pass_env: tuple[str, ...] = ()
+    pass_env: tuple[str, ...] = ()  # NAME, or NAME@host for a key of that host alone
     service_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     services: tuple[str, ...] = SERVICE_PROCESSES
     teacher: bool = False
@@ -340,6 +340,10 @@ class Stack:
         env |= {k: os.environ[k] for k in _HUB_VARIABLES if k in os.environ}
         env |= self._passed_env()
         env |= {f"{prefix}_{key}": value for key, value in told.items()}
+        if service == "teacher_gateway" and self.options.pass_env:
+            # What is passed may be sent to a teacher: to one host, or wherever a spec says.
+            passed = [name if "@" in name else f"{name}@*" for name in self.options.pass_env]
+            env.setdefault("TEACHER_GATEWAY_SECRET_HOSTS", ",".join(passed))
         if service in _READS_FILES:
             # Shared, so that weights are fetched once.
             env.setdefault(f"{prefix}_CACHE_DIR", str(self.root / "cache"))
@@ -348,9 +352,10 @@ class Stack:
         return env
 
     def _passed_env(self) -> dict[str, str]:
-        if missing := [name for name in self.options.pass_env if name not in os.environ]:
+        names = [given.partition("@")[0] for given in self.options.pass_env]
+        if missing := [name for name in names if name not in os.environ]:
             raise StackError(f"--pass-env names {', '.join(missing)}, which is not set")
-        return {name: os.environ[name] for name in self.options.pass_env}
+        return {name: os.environ[name] for name in names}
 
     def _make_folders(self) -> None:
         for name in ("valkey", "seaweedfs", "logs", "run", "models", "work"):
@@ -526,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stillhouse.embedded.stack")
     parser.add_argument("--root", type=Path, default=Path(".stillhouse"))
     parser.add_argument("--api-port", type=int)
-    parser.add_argument("--pass-env", action="append", default=[], metavar="NAME")
+    parser.add_argument("--pass-env", action="append", default=[], metavar="NAME[@HOST]")
     parser.add_argument("--file-root", action="append", default=[], type=Path)
     parser.add_argument("--teacher", action="store_true", help=f"serve {teacher.MODEL_NAME} too")
     parser.add_argument("--quick-stop", action="store_true", help="do not wait for the store")

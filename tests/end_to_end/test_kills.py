@@ -71,7 +71,7 @@ def test_a_pipeline_whose_every_process_is_killed_once_ends_as_if_undisturbed(
     invariants.check_money(left, plant.charges(pipeline), invoices)
     killed = invariants.check_training(plant.store, left)
     assert killed.epoch > 1, "the trainer was not holding the training when it was killed"
-    undisturbed = train_undisturbed(plant, left.resolved, tmp_path / "again")
+    undisturbed = train_undisturbed(plant, left.resolved, killed, tmp_path / "again")
     assert undisturbed.step == killed.step
     assert undisturbed.files["model.safetensors"].sha256 == killed.files["model.safetensors"].sha256
     assert invariants.ledger_digest(plant.store, undisturbed) == invariants.ledger_digest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -11,13 +12,14 @@ import pytest
 
 from stillhouse.chassis import bus
 from stillhouse.chassis.errors import PermanentError
+from stillhouse.chassis.jobs import Job, Timeouts, enqueue, make_app
 from stillhouse.contracts import events as e
 from stillhouse.contracts.envelope import Envelope, seal
 from stillhouse.contracts.flow import BUILDER, EVALUATOR, GATEWAY, SERVICES, TRAINER
 from tests.support.dead_letters import dead_letters, put_raw
 from tests.support.parts import RestartableValkey
 from tests.support.proxy import proxy
-from tests.support.recording_service import ref, stored
+from tests.support.recording_service import Settings, make_shell, ref, stored
 from tests.support.waiting import wait_for
 
 WHERE = {"exchange": bus.EXCHANGE.name, "routing_key": "pipeline.accepted"}
@@ -203,6 +205,28 @@ def test_a_broker_that_falls_silent_is_an_error_and_not_a_hang(
             assert time.monotonic() - started < 8
         edge.mode = "refuse"
         edge.reset_all()
+
+
+def test_a_valkey_that_falls_silent_is_an_error_and_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "SILENCE_TIMEOUT", 1.5)
+    broker = RestartableValkey(tmp_path)
+    shell = make_shell(Settings(broker_url=broker.url), tmp_path / "records", Timeouts(10, 40))
+    app, job = make_app(shell), Job.of("record", stored(1), batch=1)
+    try:
+        publisher = bus.Publisher(GATEWAY, broker.url)
+        publisher.publish(accepted())
+        enqueue(app, job)
+        with ThreadPoolExecutor(1) as pool, broker.paused():
+            publishing = pool.submit(publisher.publish, accepted())
+            assert isinstance(publishing.exception(60), bus.BrokerUnavailable)
+            enqueuing = pool.submit(enqueue, app, job)
+            assert isinstance(enqueuing.exception(60), bus.BrokerUnavailable)
+        publisher.publish(accepted())
+        enqueue(app, job)
+    finally:
+        broker.close()
 
 
 def test_a_killed_valkey_gives_back_what_it_took(tmp_path: Path) -> None:

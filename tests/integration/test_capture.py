@@ -47,7 +47,9 @@ def shared(
 ) -> Iterator[tuple[Api, str]]:
     """One API for all tests here; each has a tenant of its own."""
     with (
-        gateway_api(tmp_path_factory.mktemp("api"), store, "operator") as api,
+        gateway_api(
+            tmp_path_factory.mktemp("api"), store, "operator", SECRET_HOSTS="UPSTREAM_KEY@*"
+        ) as api,
         capturing(api, environ={"UPSTREAM_KEY": "upstream-key"}) as address,
     ):
         yield api, address
@@ -213,6 +215,16 @@ def test_the_operators_wrong_key_is_not_the_callers(address: str, api: Api) -> N
         with pytest.raises(openai.InternalServerError, match="operator should check") as found:
             ask(client)
     assert "1234" not in str(found.value)
+
+
+def test_the_operators_key_does_not_reach_a_caller_by_an_error(
+    client: openai.OpenAI, teacher: Teacher
+) -> None:
+    teacher.script(Fault("echoes_key", match="[echo]"))
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, "[echo] Hello")
+    assert "no such plan for [key]" in str(error.value)
+    assert "upstream-key" not in str(error.value)
 
 
 def test_a_retry_of_the_sdk_is_a_call_of_its_own(api: Api, address: str, teacher: Teacher) -> None:

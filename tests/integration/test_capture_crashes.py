@@ -11,19 +11,20 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
-from services.teacher_gateway.capture import keeping, memory, ship, tranches
+from services.teacher_gateway.capture import allowance, keeping, memory, ship, tranches
+from services.teacher_gateway.capture.registrations import account_of
 from services.teacher_gateway.capture.ship import ship_abandoned
+from services.teacher_gateway.capture.spool import Spool
 from services.teacher_gateway.capture.tranches import expire
 from services.teacher_gateway.counters import CAPTURE_FAILURES
-from services.teacher_gateway.database import transaction
+from services.teacher_gateway.database import DatabaseUnavailable, reading, transaction
 from services.teacher_gateway.keys import revoke_key
 from services.teacher_gateway.models import Tranche
 from stillhouse.chassis.errors import StoreUnavailable
@@ -42,7 +43,7 @@ from tests.support.capture import (
     wait_for_records,
 )
 from tests.support.gateway_api import Api, gateway_api
-from tests.support.gateway_process import Environ, api_environment, start_api
+from tests.support.gateway_process import Environ, api_environment, api_process
 from tests.support.teacher import Teacher, running_teacher
 from tests.support.waiting import wait_for
 
@@ -52,6 +53,13 @@ QUESTION = [{"role": "user", "content": "Say something."}]
 @pytest.fixture
 def api(tmp_path: Path, store: ObjectStore, tenant: str) -> Iterator[Api]:
     with gateway_api(tmp_path, store, tenant) as found:
+        yield found
+
+
+@pytest.fixture
+def either(tmp_path: Path, store: ObjectStore, tenant: str, database_url: str) -> Iterator[Api]:
+    """On SQLite and on PostgreSQL."""
+    with gateway_api(tmp_path, store, tenant, DATABASE_URL=database_url) as found:
         yield found
 
 
@@ -79,24 +87,6 @@ def end_leases(api: Api) -> None:
 
 
 # Processes of their own
-
-
-@contextmanager
-def api_process(environ: Environ, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An API as a process; it is killed at the end."""
-    process = start_api(environ, log)
-    address = f"http://127.0.0.1:{environ['TEACHER_GATEWAY_API_PORT']}"
-    try:
-        wait_for(
-            lambda: httpx.get(f"{address}/healthz").status_code,
-            30,
-            "the API answers",
-            until=lambda status: status == 200,
-        )
-        yield process, address
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
@@ -160,6 +150,7 @@ def test_what_was_durable_survives_a_kill_and_is_paid_once(
 
 
 SWEEP = """
+from services.teacher_gateway.capture.registrations import account_of
 from services.teacher_gateway.capture.ship import ship_abandoned
 from services.teacher_gateway.database import open_engine
 from services.teacher_gateway.settings import TeacherGatewaySettings
@@ -351,6 +342,143 @@ def test_a_revoked_key_is_refused_within_seconds(
             until=lambda status: status == 401,
         )
         assert ask(api, address).status_code == 401
+
+
+def test_a_store_that_stalls_lets_no_tranche_expire(
+    api: Api, teacher: Teacher, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tranches, "TTL_SECONDS", 0.3)
+    stalled = StalledStore(store)
+    with capturing(api, store=stalled) as address:
+        try:
+            register(api, address, "fast", **registration(teacher.url))
+            assert ask(api, address).status_code == 200
+            assert stalled.asked.wait(20), "a segment is on its way"
+            since = lease_end(api)
+            # It stalls for longer than the tranche lives, several times over.
+            wait_for(lambda: lease_end(api), 20, "it is renewed", until=lambda at: at > since + 1)
+            assert ask(api, address).status_code == 200
+        finally:
+            stalled.go.set()
+        wait_for_records(api, address, 2)
+    after = money(api.engine, api.tenant, "fast")
+    assert (after.reserved, after.listed) == (0, 0)
+    assert after.spent == after.of("answers") == teacher.invoiced_microusd()
+
+
+def lease_end(api: Api) -> float:
+    with reading(api.engine) as session:
+        return session.scalars(select(Tranche.expires_at)).one()
+
+
+class StalledStore:
+    """The store, which takes an object when it may."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self._inner = inner
+        self.asked = threading.Event()
+        self.go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def put_new(self, key: str, data: bytes) -> Any:
+        self.asked.set()
+        assert self.go.wait(60)
+        return self._inner.put_new(key, data)
+
+
+class Losing:
+    """The database, as one process sees it that never hears of what it changed: each change is
+    made, and its answer lost, as often as `losses` says."""
+
+    def __init__(self, change: Any, losses: int) -> None:
+        self._change = change
+        self.losses = losses
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        done = self._change(*given, **named)
+        if self.losses:
+            self.losses -= 1
+            raise DatabaseUnavailable("the connection broke in the commit")
+        return done
+
+
+@pytest.mark.parametrize("change", ["take", "give_back", "settle_once"])
+def test_a_change_whose_answer_was_lost_counts_once(
+    either: Api, teacher: Teacher, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    api = either
+    monkeypatch.setattr(allowance, "_IDLE_SECONDS", 0.0)
+    losing = Losing(getattr(tranches, change), losses=2)
+    monkeypatch.setattr(tranches, change, losing)
+    if change == "settle_once":  # it pays for what is not recorded
+        monkeypatch.setattr(Spool, "add", lambda spool, record: False)
+    with capturing(api) as address:
+        register(api, address, "fast", **registration(teacher.url))
+        answers = [ask(api, address).status_code for _ in range(5)]
+        assert set(answers) <= {200, 503}
+        wait_for(lambda: losing.losses, 20, "answers are lost", until=lambda left: left == 0)
+        assert ask(api, address).status_code == 200
+        wait_for(
+            lambda: money(api.engine, api.tenant, "fast"),
+            20,
+            "all is settled, and what is not used is given back",
+            until=lambda seen: (seen.spent, seen.reserved) == (teacher.invoiced_microusd(), 0),
+        )
+        assert ask(api, address).status_code == 200
+    after = money(api.engine, api.tenant, "fast")
+    assert (after.reserved, after.listed) == (0, 0)
+    assert after.spent == teacher.invoiced_microusd()
+    end_leases(api)
+    expire(api.engine)
+    assert money(api.engine, api.tenant, "fast") == after, "nothing was left to be listed"
+    with reading(api.engine) as session:
+        assert session.scalars(select(Tranche)).all() == []
+
+
+def test_money_of_a_take_that_was_not_answered_goes_back_by_itself(
+    either: Api, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losing = Losing(tranches.take, losses=1)
+    monkeypatch.setattr(tranches, "take", losing)
+    with capturing(either) as address:
+        register(either, address, "fast", **registration(teacher.url))
+        assert ask(either, address).status_code == 503
+        assert losing.losses == 0
+        wait_for(
+            lambda: money(either.engine, either.tenant, "fast").reserved,
+            20,
+            "nobody holds it",
+            until=lambda reserved: reserved == 0,
+        )
+    after = money(either.engine, either.tenant, "fast")
+    assert (after.spent, after.reserved) == (0, 0)
+
+
+def test_a_repeated_change_of_a_tranche_changes_nothing_more(either: Api) -> None:
+    with capturing(either) as address:
+        register(either, address, "fast", **registration("http://127.0.0.1:9/v1"))
+    account = account_of(either.tenant, "fast")
+
+    def reserved() -> int:
+        return money(either.engine, either.tenant, "fast").reserved
+
+    def take(drawn: int, wish: int) -> int:
+        return tranches.take(
+            either.engine, account, "tr-1", drawn=drawn, need=0, wish=wish
+        ).microusd
+
+    assert (take(0, 1000), take(0, 5000), reserved()) == (1000, 1000, 1000)
+    assert (take(1000, 500), take(1000, 9), reserved()) == (500, 500, 1500)
+    for _ in range(2):
+        assert tranches.give_back(either.engine, account, "tr-1", drawn=900)
+        assert reserved() == 900
+    for _ in range(2):  # the second time there is nothing of it any more
+        assert tranches.give_back(either.engine, account, "tr-1", drawn=0)
+        assert reserved() == 0
+    with pytest.raises(tranches.TrancheExpired):
+        take(900, 100)
 
 
 def test_a_tranche_that_expires_while_its_process_lives_is_replaced(

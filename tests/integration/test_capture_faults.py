@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -19,10 +20,12 @@ from aiohttp import web
 
 from services.teacher_gateway import http_protocol
 from services.teacher_gateway.app import app_of
-from services.teacher_gateway.capture import memory
+from services.teacher_gateway.capture import memory, tranches
 from services.teacher_gateway.capture.endpoint import CaptureEndpoint
+from services.teacher_gateway.counters import CAPTURE_REQUESTS
 from services.teacher_gateway.database import open_engine
 from services.teacher_gateway.keys import create_key
+from services.teacher_gateway.settings import TeacherGatewaySettings
 from stillhouse.chassis.storage import ObjectStore
 from tests.support.capture import (
     HTTP,
@@ -81,39 +84,51 @@ def ask(api: Api, address: str, text: str = "Say something.", **body: Any) -> ht
     return HTTP.post(f"{address}/v1/chat/completions", json=asked, headers=api.headers())
 
 
+def connected(address: str) -> closing[socket.socket]:
+    port = int(address.rpartition(":")[2])
+    return closing(socket.create_connection(("127.0.0.1", port), timeout=30))
+
+
+def request_of(api: Api, **body: Any) -> bytes:
+    """A call as its bytes, for a client that a test holds in its hand."""
+    asked = json.dumps({"model": "fast", "messages": QUESTION, **body}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Authorization: Bearer {api.key}\r\nContent-Length: {len(asked)}\r\n\r\n"
+    return head.encode() + asked
+
+
 # G8: who is slow does not hold anything for long
 
 
 def test_a_connection_that_sends_no_request_is_closed(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
-    with capturing(api) as address:
-        port = int(address.rpartition(":")[2])
-        silent = socket.create_connection(("127.0.0.1", port), timeout=20)
-        dripping = socket.create_connection(("127.0.0.1", port), timeout=20)
-        answered = socket.create_connection(("127.0.0.1", port), timeout=20)
-        with closing(silent), closing(dripping), closing(answered):
-            answered.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b"200 OK" in answered.recv(65_536)
-            answered.sendall(b"\r\n")  # begins no request, and ends uvicorn's own patience
-            sent = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+    with capturing(api) as address, ExitStack() as stack:
+        answered = stack.enter_context(connected(address))
+        answered.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in answered.recv(65_536)
+        # From here on nothing has to come in time.
+        monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.3)
+        answered.sendall(b"\r\n")  # begins no request, and ends uvicorn's own patience
+        silent = stack.enter_context(connected(address))
+        dripping = stack.enter_context(connected(address))
+        sent = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
 
-            def drip() -> bytes:
-                nonlocal sent
+        def drip() -> bytes:
+            nonlocal sent
+            try:
                 dripping.sendall(sent[:1] or b"a")
                 sent = sent[1:]
                 dripping.settimeout(0.05)
-                try:
-                    return dripping.recv(1)
-                except TimeoutError:
-                    return b"still open"
-                except OSError:
-                    return b""
+                return dripping.recv(1)
+            except TimeoutError:
+                return b"still open"
+            except OSError:
+                return b""
 
-            assert silent.recv(1) == b""
-            assert answered.recv(1) == b""
-            wait_for(drip, 20, "the slow head is cut", until=lambda seen: seen == b"")
+        assert silent.recv(1) == b""
+        assert answered.recv(1) == b""
+        wait_for(drip, 20, "the slow head is cut", until=lambda seen: seen == b"")
 
 
 @pytest.mark.parametrize("name", [b"X-Long", b"Cookie"])
@@ -138,47 +153,123 @@ def test_a_body_that_does_not_come_is_cut_and_others_are_served(api: Api, teache
     teacher.forgive()
     with capturing(api, times=replace(QUICK, body=0.3)) as address:
         register(api, address, "fast", **registration(teacher.url))
-        port = int(address.rpartition(":")[2])
-        with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as slow:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            head += f"Authorization: Bearer {api.key}\r\nContent-Length: 100\r\n\r\n"
-            slow.sendall(head.encode() + b"{")
-            assert ask(api, address).status_code == 200
+        whole = request_of(api, max_tokens=24)
+        with connected(address) as slow, connected(address) as other:
+            slow.sendall(whole[:-10])
+            other.sendall(whole)  # at once, so that nothing of it can be late
+            assert other.recv(65_536).startswith(b"HTTP/1.1 200")
             assert slow.recv(65_536).startswith(b"HTTP/1.1 408")
 
 
-def test_a_client_that_does_not_read_is_dropped_and_its_answer_recorded(
-    api: Api, store: ObjectStore
-) -> None:
-    piece = "x" * 4096
+class Flood:
+    """A teacher that streams more than the buffers of any socket hold."""
 
-    async def flood(request: web.Request) -> web.StreamResponse:
+    PIECE = "x" * 4096
+    PIECES = 2500
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for _ in range(2500):  # about 10 MB, which no socket's buffers hold
-            chunk = {"choices": [{"index": 0, "delta": {"content": piece}}]}
-            await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        chunk = {"choices": [{"index": 0, "delta": {"content": self.PIECE}}]}
+        event = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        for _ in range(self.PIECES):
+            await response.write(event)
         ending: dict[str, Any] = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-        usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2500}}
+        usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": self.PIECES}}
         for last in (ending, usage):
             await response.write(b"data: " + json.dumps(last).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 
+    def check(self, api: Api, store: ObjectStore) -> None:
+        """One record, whole, that is paid once."""
+        (line,) = lines(api.engine, store, api.tenant)
+        content = line["answer"]["choices"][0]["message"]["content"]
+        assert len(content) == self.PIECES * len(self.PIECE)
+        assert money(api.engine, api.tenant, "fast").of("answers") == 1 + 2 * self.PIECES
+
+
+def test_a_client_that_does_not_read_is_dropped_and_its_answer_recorded(
+    api: Api, store: ObjectStore
+) -> None:
+    flood = Flood()
     times = replace(QUICK, client=0.3)
     with upstream(flood) as url, capturing(api, times=times) as address:
         register(api, address, "fast", **registration(url))
-        port = int(address.rpartition(":")[2])
-        with closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as client:
+        with connected(address) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            body = json.dumps({"model": "fast", "stream": True, "messages": QUESTION}).encode()
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            head += f"Authorization: Bearer {api.key}\r\nContent-Length: {len(body)}\r\n\r\n"
-            client.sendall(head.encode() + body)
+            client.sendall(request_of(api, stream=True))
             wait_for_records(api, address, 1)
-    (line,) = lines(api.engine, store, api.tenant)
-    assert len(line["answer"]["choices"][0]["message"]["content"]) == 2500 * len(piece)
-    assert money(api.engine, api.tenant, "fast").of("answers") == 1 + 2 * 2500
+    flood.check(api, store)
+
+
+def test_a_client_that_reads_slowly_is_dropped_at_the_calls_deadline_and_its_answer_recorded(
+    api: Api, store: ObjectStore
+) -> None:
+    """It reads now and then, so no single write ever waits for long."""
+    flood = Flood()
+    limits = {"timeout_seconds": 1.5}
+    ended = threading.Event()
+    with (
+        upstream(flood) as url,
+        capturing(api, times=replace(QUICK, client=60)) as address,
+        ThreadPoolExecutor(1) as pool,
+        connected(address) as client,
+    ):
+        register(api, address, "fast", **registration(url, limits=limits))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request_of(api, stream=True))
+
+        def read() -> int:
+            got = 0
+            while not ended.wait(0.01) and (data := client.recv(16_384)):
+                got += len(data)
+            return got
+
+        reading = pool.submit(read)
+        try:
+            wait_for_records(api, address, 1)
+        finally:
+            ended.set()
+        assert reading.result(30) < flood.PIECES * len(flood.PIECE)
+    flood.check(api, store)
+
+
+def test_a_client_that_reads_no_long_answer_is_left_at_the_calls_deadline(
+    api: Api, held: HeldTeacher
+) -> None:
+    held.body["choices"][0]["message"]["content"] = "x" * (16 << 20)
+    held.go.set()
+    ended = CAPTURE_REQUESTS.labels("2xx")._value
+    before = ended.get()
+    with capturing(api, times=replace(QUICK, client=600)) as address, connected(address) as client:
+        register(api, address, "fast", **registration(held.url, limits={"timeout_seconds": 1.5}))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request_of(api))
+        wait_for_records(api, address, 1)
+        wait_for(lambda: ended.get() - before, 20, "nobody waits for it any more")
+
+
+def test_a_client_that_reads_nothing_is_closed_whoever_answers_it(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.3)
+    with capturing(api) as address, connected(address) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ask_much = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+        def closed() -> bool:
+            client.settimeout(0.05)
+            try:
+                client.sendall(ask_much * 20)
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+            return False
+
+        wait_for(closed, 30, "the connection is closed")
+        assert HTTP.get(f"{address}/healthz").status_code == 200
 
 
 # G9: a client that leaves
@@ -227,15 +318,9 @@ def test_a_client_that_leaves_before_any_answer_loses_nothing(
 ) -> None:
     with capturing(api) as address:
         register(api, address, "fast", **registration(held.url, on_disconnect=policy))
-        body = {"model": "fast", "messages": QUESTION, "max_tokens": 10}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{address}/v1/chat/completions",
-                json=body,
-                headers=api.headers(),
-                timeout=httpx.Timeout(10, read=0.5),
-            )
-        assert len(held.seen) == 1
+        with connected(address) as client:
+            client.sendall(request_of(api, max_tokens=10))
+            wait_for(lambda: held.seen, 20, "the call is upstream")
         if policy == "abort":
             wait_for(lambda: held.left, 20, "the call upstream is cut")
             wait_for_records(api, address, 0, failures=1)
@@ -279,6 +364,43 @@ def test_a_server_that_cancels_its_handlers_ends_no_call(
     (line,) = lines(api.engine, store, api.tenant)
     assert line["failure"] is None
     assert money(api.engine, api.tenant, "fast").of("answers") == 20
+
+
+def test_a_server_whose_client_is_gone_ends_no_call(
+    api: Api, teacher: Teacher, store: ObjectStore
+) -> None:
+    """uvicorn swallows what is sent to nobody; other servers raise."""
+    teacher.forgive()
+    app = app_of(api.gateway)
+    app.capture = CaptureEndpoint(api.gateway, environ={}, times=QUICK)
+    with capturing(api) as address:
+        register(api, address, "fast", **registration(teacher.url))
+    body = {"model": "fast", "messages": QUESTION, "max_tokens": 24, "stream": True}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "headers": [(b"host", b"localhost"), (b"authorization", f"Bearer {api.key}".encode())],
+    }
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(_: Any) -> None:
+        raise OSError("the client is gone")
+
+    async def serve() -> None:
+        async with app.capture.running():
+            await app.capture(scope, receive, send)
+            while not lines(api.engine, store, api.tenant):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+    before = teacher.invoiced_microusd()
+    asyncio.run(asyncio.wait_for(serve(), 30))
+    (line,) = lines(api.engine, store, api.tenant)
+    assert line["failure"] is None
+    billed = teacher.invoiced_microusd() - before
+    assert money(api.engine, api.tenant, "fast").of("answers") == billed > 0
 
 
 # G11: what is not whole
@@ -339,6 +461,8 @@ def test_what_is_not_whole_is_a_failure_and_charged_once(
     else:
         assert answer.status_code == 502
         assert answer.json()["error"]["code"] == WHOLE.get(kind, ("teacher_error",))[0]
+        if kind == "gzip_bomb":
+            assert "coded as gzip" in answer.json()["error"]["message"]  # and not unpacked
     reason, bill = (STREAMED if stream else WHOLE)[kind]
     found = wait_for_records(api, address, 0, failures=1)
     assert found["reasons"] == {reason: 1}
@@ -347,6 +471,17 @@ def test_what_is_not_whole_is_a_failure_and_charged_once(
     spent = money(api.engine, tenant, "fast")
     assert spent.spent >= teacher.invoiced_microusd() - before
     assert spent.spent == (spent.of(bill) if bill else 0)
+
+
+def test_a_teachers_cookies_are_not_kept(api: Api, teacher: Teacher) -> None:
+    teacher.forgive()
+    teacher.script(Fault("redirect"))
+    with capturing(api) as address:
+        # By its name: cookies of an address are not kept in any case.
+        url = teacher.url.replace("127.0.0.1", "localhost")
+        register(api, address, "fast", **registration(url))
+        assert [ask(api, address).status_code for _ in range(2)] == [502, 502]
+    assert [seen["cookie"] for seen in teacher.requests[-2:]] == [None, None]
 
 
 def test_an_answer_without_usage_is_recorded_and_listed_at_its_most(
@@ -391,11 +526,15 @@ def test_an_answer_that_drips_is_cut_and_others_go_on(
 ) -> None:
     teacher.forgive()
     teacher.script(Fault(kind, match="[slow]", seconds=0.05))
-    times = replace(QUICK, window=0.5, window_bytes=64)
-    limits = {"timeout_seconds": 1.5, "concurrency": 2}
+    # Each deadline by itself: the slow call meets the one that is tried, and others meet neither.
+    seconds = 1.5 if code == "teacher_timeout" else 300
+    times = replace(QUICK, window=0.5, window_bytes=4096)
     with capturing(api, times=times) as address, ThreadPoolExecutor(1) as pool:
-        register(api, address, "fast", **registration(teacher.url, limits=limits))
-        slow = pool.submit(ask, api, address, "[slow]", stream=stream)
+        register(
+            api, address, "slow", **registration(teacher.url, limits={"timeout_seconds": seconds})
+        )
+        register(api, address, "fast", **registration(teacher.url, limits={"timeout_seconds": 300}))
+        slow = pool.submit(ask, api, address, "[slow]", stream=stream, model="slow")
         assert ask(api, address).status_code == 200
         if stream:
             assert code.encode() in slow.result(30).content
@@ -404,7 +543,7 @@ def test_an_answer_that_drips_is_cut_and_others_go_on(
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, code)
         found = wait_for_records(api, address, 1, failures=1)
         assert found["reasons"] == {code: 1}
-    assert money(api.engine, api.tenant, "fast").of("unknown") > 0
+    assert money(api.engine, api.tenant, "slow").of("unknown") > 0
 
 
 def test_a_teacher_takes_no_more_calls_at_once_than_it_may(api: Api, held: HeldTeacher) -> None:
@@ -416,6 +555,111 @@ def test_a_teacher_takes_no_more_calls_at_once_than_it_may(api: Api, held: HeldT
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
         held.go.set()
         assert [call.result(30).status_code for call in calls] == [200, 200]
+
+
+def test_a_burst_before_the_first_answer_takes_no_more_calls_than_it_may(
+    api: Api, held: HeldTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them come while nothing is known yet: no registration, no money, no open call."""
+    refused = threading.Event()
+    take = tranches.take
+
+    def slow_take(*given: Any, **named: Any) -> tranches.Taken:
+        assert refused.wait(30), "calls beyond the limit are refused while money is taken"
+        return take(*given, **named)
+
+    monkeypatch.setattr(tranches, "take", slow_take)
+    with capturing(api) as address, ThreadPoolExecutor(12) as pool:
+        register(api, address, "fast", **registration(held.url, limits={"concurrency": 2}))
+        calls = [pool.submit(ask, api, address) for _ in range(12)]
+        try:
+            wait_for(
+                lambda: sum(call.done() for call in calls),
+                20,
+                "all others are refused",
+                until=lambda done: done == 10,
+            )
+        finally:
+            refused.set()
+        wait_for(lambda: len(held.seen), 20, "two are open", until=lambda n: n == 2)
+        held.go.set()
+        statuses = [call.result(30).status_code for call in calls]
+        assert (statuses.count(200), statuses.count(429)) == (2, 10)
+        # A place is free again after an answer, and after a refusal for money too.
+        assert ask(api, address, max_tokens=10**12).status_code == 402
+        with ThreadPoolExecutor(2) as both:
+            again = [both.submit(ask, api, address) for _ in range(2)]
+            assert [call.result(30).status_code for call in again] == [200, 200]
+    assert len(held.seen) == 4
+
+
+# Memory
+
+
+def with_memory(api: Api, size: int) -> TeacherGatewaySettings:
+    return api.gateway.settings.model_copy(update={"capture_memory_bytes": size})
+
+
+def test_a_stream_that_memory_cannot_hold_is_answered_and_not_recorded(
+    api: Api, store: ObjectStore
+) -> None:
+    flood = Flood()
+    settings = with_memory(api, 4 << 20)
+    with upstream(flood) as url, capturing(api, settings=settings) as address:
+        register(api, address, "fast", **registration(url))
+        answer = ask(api, address, stream=True)
+        assert answer.status_code == 200
+        assert answer.content.count(Flood.PIECE.encode()) == flood.PIECES, "all of it"
+        assert answer.content.endswith(b"data: [DONE]\n\n")
+        found = wait_for_records(api, address, 0, failures=1)
+        assert found["reasons"] == {"memory_full": 1}
+        assert found["last_failures"][0]["status"] == 200
+    (line,) = lines(api.engine, store, api.tenant)
+    assert line["answer"] is None
+    assert line["request"]["messages"][0]["content"] == "Say something."
+    after = money(api.engine, api.tenant, "fast")
+    assert after.spent == after.of("unused") == 1 + 2 * flood.PIECES
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "an event without end"])
+def test_an_answer_that_must_be_held_and_cannot_be_is_cut(api: Api, stream: bool) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        kind = "text/event-stream" if stream else "application/json"
+        response = web.StreamResponse(headers={"Content-Type": kind})
+        await response.prepare(request)
+        await response.write(b"data: {")
+        for _ in range(1000):
+            await response.write(b"x" * 65_536)
+        return response
+
+    settings = with_memory(api, 4 << 20)
+    with upstream(endless) as url, capturing(api, settings=settings) as address:
+        register(api, address, "fast", **registration(url))
+        answer = ask(api, address, stream=stream)
+        if stream:
+            assert b'"code":"memory_full"' in answer.content
+        else:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "memory_full")
+        found = wait_for_records(api, address, 0, failures=1)
+        assert found["reasons"] == {"memory_full": 1}
+    assert money(api.engine, api.tenant, "fast").of("unknown") > 0
+
+
+def test_calls_are_refused_while_those_in_flight_hold_all_memory(
+    api: Api, held: HeldTeacher
+) -> None:
+    settings = with_memory(api, 4 << 20)
+    text = "x" * (1 << 20)
+    with capturing(api, settings=settings) as address, ThreadPoolExecutor(3) as pool:
+        register(api, address, "fast", **registration(held.url, budget_usd=1000))
+        calls = [pool.submit(ask, api, address, text) for _ in range(3)]
+        wait_for(lambda: len(held.seen), 20, "three calls are open", until=lambda n: n == 3)
+        refused = ask(api, address, text)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.json()["error"]["code"] == "memory_full"
+        held.go.set()
+        assert [call.result(30).status_code for call in calls] == [200] * 3
+        assert ask(api, address, text).status_code == 200, "it is free again"
 
 
 # G13: the last cent

@@ -44,7 +44,7 @@ def either(tmp_path: Path, store: ObjectStore, tenant: str, database_url: str) -
 
 @pytest.fixture
 def api(tmp_path: Path, store: ObjectStore, tenant: str) -> Iterator[Api]:
-    with gateway_api(tmp_path, store, tenant) as found:
+    with gateway_api(tmp_path, store, tenant, SECRET_HOSTS="NOT_SET_ANYWHERE@*") as found:
         yield found
 
 
@@ -83,6 +83,8 @@ def test_a_teacher_is_registered_read_changed_listed_and_removed(either: Api) ->
         ({"url": "http://user:pass@127.0.0.1/v1"}, "must begin with http"),
         ({"api_key": "sk-literal"}, "found a literal"),
         ({"api_key": {"env": "NOT_SET_ANYWHERE"}}, "has no NOT_SET_ANYWHERE"),
+        ({"api_key": {"env": "NOBODY_S_KEY"}}, "has not allowed NOBODY_S_KEY"),
+        ({"api_key": {"env": "HF_TOKEN"}}, "never sent to a teacher"),
         ({"api_key": {"env": "TEACHER_GATEWAY_KEY_PEPPER"}}, "TEACHER_GATEWAY_KEY_PEPPER"),
         ({"url": None}, "expected one route"),
         ({"api": "anthropic"}, "callers speak that API"),

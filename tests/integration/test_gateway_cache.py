@@ -124,7 +124,7 @@ OTHER: list[dict[str, Any]] = [
     {"signal": {"kind": "topk", "k": 8, "max_tokens": 65}},
     {"teacher": {"model": "another"}},
     {"teacher": {"url": "http://127.0.0.2:1/v1"}},
-    {"teacher": {"url": None, "weights": "file:/weights"}},
+    {"teacher": {"url": None, "weights": f"hf://acme/tiny@{'0' * 40}"}},
 ]
 
 
@@ -143,6 +143,20 @@ def test_another_question_is_another_key(
         theirs = keys_of(given(other), store).values()
         assert len(theirs) == 3
         assert mine.isdisjoint(theirs), changes
+
+
+def test_a_folder_that_may_change_is_not_remembered(
+    store: ObjectStore, tmp_path: Path, tenant: str, teacher: Teacher
+) -> None:
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    for number, (weights, known) in enumerate(
+        [("file:/weights", 0), ("s3://bucket/weights", 3), (f"hf://acme/tiny@{'0' * 40}", 3)]
+    ):
+        route = {"url": None, "weights": weights}
+        world = make_world(
+            store, url, tenant, teacher.url, items=3, name=f"-{number}", teacher=route
+        )
+        assert len(keys_of(given(world), store)) == known
 
 
 def test_samples_tools_and_messages_are_part_of_the_question(

@@ -14,7 +14,15 @@ from sqlalchemy import select
 from services.teacher_gateway.clock import Clock
 from services.teacher_gateway.database import now, transaction
 from services.teacher_gateway.dispatch import find_due
-from services.teacher_gateway.models import Batch, History, Item, Outbox, Pipeline, Redrive
+from services.teacher_gateway.models import (
+    Batch,
+    History,
+    Item,
+    Outbox,
+    Pipeline,
+    Redrive,
+    TeacherEndpoint,
+)
 from services.teacher_gateway.outbox import emit, record
 from services.teacher_gateway.redrive import redrive
 from stillhouse.chassis.bus import BrokerUnavailable
@@ -132,6 +140,20 @@ def test_held_out_batches_go_first_and_train_batches_wait_for_the_seal(world: Wo
     world.set(Batch, batch=1, state="closed")
     assert due(world) == [2, 3, 4]
     assert due(world, at_once=2) == [2, 3]
+
+
+def test_the_window_is_the_pipeline_s_whichever_teachers_its_batches_have(world: World) -> None:
+    tell(world, HeldoutSealed(dataset_id=world.resolved.dataset_id, heldout=REF))
+    away = "a" * 64
+    for number in (0, 2):
+        world.set(Batch, batch=number, endpoint=away)
+    assert due(world) == [0, 1, 2]
+    with transaction(world.engine) as session:
+        session.add(TeacherEndpoint(endpoint=away, open_until=9e12))
+    # What waits for its teacher keeps its place: the others do not run ahead of it.
+    assert due(world) == [1]
+    world.set(Batch, batch=1, state="closed")
+    assert due(world) == [3]
 
 
 def test_after_student_waits_for_step_0_but_not_for_ever(

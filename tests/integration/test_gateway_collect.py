@@ -14,7 +14,7 @@ from services.teacher_gateway.claims import MOST_CRASHES
 from services.teacher_gateway.database import DatabaseUnavailable, transaction
 from services.teacher_gateway.dispatch import reap
 from services.teacher_gateway.models import Batch, History, Pipeline
-from stillhouse.chassis.errors import RetryableError, StoreUnavailable
+from stillhouse.chassis.errors import PermanentError, RetryableError, StoreUnavailable
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.contracts.responses import ResponsesClosed
 from stillhouse.embedded.parts import Store
@@ -423,6 +423,7 @@ def test_a_batch_that_kills_its_workers_is_given_up(
         ("collect.close_series", StoreUnavailable("down")),
         ("books.Books.adopt", DatabaseUnavailable("locked")),
         ("books.Books.renew", DatabaseUnavailable("locked")),
+        ("collect.read_tokenizer", StoreUnavailable("down")),
     ],
 )
 def test_an_attempt_that_the_store_or_the_database_ended_killed_nobody(
@@ -453,10 +454,34 @@ def test_an_attempt_that_the_store_or_the_database_ended_killed_nobody(
     assert world.outcomes() == {"answered": 3}
     assert len(teacher.requests) == 3
     assert world.batch().crashes == 1
-    if where != "books.Books.renew":  # it breaks off where it may have asked
-        assert world.charged(*LISTED) == 300
+    assert world.charged(*LISTED) == 300  # of the attempts that asked nothing, nothing
     assert world.pipeline().reserved_microusd == 0
     world.check_books()
+
+
+def test_a_teacher_that_cannot_be_asked_at_all_frees_its_money(
+    store: ObjectStore,
+    tmp_path: Path,
+    tenant: str,
+    teacher: Teacher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LLM_KEY", raising=False)
+    url = f"sqlite:///{tmp_path / 'gateway.sqlite3'}"
+    key = {"api_key": {"env": "LLM_KEY"}}
+    world = make_world(store, url, tenant, teacher.url, items=3, teacher=key)
+    for _ in range(2):
+        world.expire()
+        with pytest.raises(PermanentError, match="has no LLM_KEY"):
+            world.collect()
+        # Nothing was asked: nothing is listed, nothing stays reserved, and no worker died.
+        assert (world.batch().state, world.batch().holder) == ("waiting", "")
+        assert (world.pipeline().reserved_microusd, world.charged(*LISTED)) == (0, 0)
+        world.check_books()
+    monkeypatch.setenv("LLM_KEY", "sk-there-at-last")
+    world.collect_until_closed()
+    assert world.outcomes() == {"answered": 3}
+    assert (world.batch().crashes, world.charged(*LISTED)) == (0, 0)
 
 
 def test_a_budget_is_used_up_and_never_exceeded(

@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import and_, delete, select, text, update
 
 from services.teacher_gateway.database import now, reading, transaction
-from services.teacher_gateway.dispatch import find_due
+from services.teacher_gateway.dispatch import find_due, mark_enqueued, reap
+from services.teacher_gateway.limits import endpoints
 from services.teacher_gateway.limits.endpoints import count_call, endpoint_of
 from services.teacher_gateway.limits.rates import LATE, MINUTE
-from services.teacher_gateway.limits.reports import Report
+from services.teacher_gateway.limits.reports import Grant, Report
 from services.teacher_gateway.limits.shared import Holder, SharedLimits
 from services.teacher_gateway.limits.strain import Seen
-from services.teacher_gateway.models import Batch, Pipeline, TeacherEndpoint, TeacherShare
+from services.teacher_gateway.models import (
+    Batch,
+    Pipeline,
+    TeacherEndpoint,
+    TeacherShare,
+    TeacherTenant,
+)
 from services.teacher_gateway.probe import probe_teacher
 from services.teacher_gateway.teachers.outcomes import Retry
 from stillhouse.chassis.storage import ObjectStore
@@ -64,6 +71,21 @@ def change_endpoint(world: World, **values: Any) -> None:
             .where(TeacherEndpoint.endpoint == world.batch().endpoint)
             .values(**values)
         )
+
+
+def change_tenant(world: World, tenant: str, **values: Any) -> None:
+    with transaction(world.engine) as session:
+        session.execute(
+            update(TeacherTenant).where(TeacherTenant.tenant_id == tenant).values(**values)
+        )
+
+
+def one_key(*worlds: World) -> str:
+    """Let tenants share an endpoint, as with one key; return it."""
+    name = worlds[0].batch().endpoint
+    for world in worlds:
+        world.set(Batch, endpoint=name)
+    return name
 
 
 def shares(world: World) -> dict[str, TeacherShare]:
@@ -255,6 +277,12 @@ class Attempts:
             assert found is not None
             return found
 
+    def own(self, tenant: str) -> TeacherTenant:
+        with reading(self.world.engine) as session:
+            found = session.get(TeacherTenant, (endpoint_of(teacher_spec(), "any"), tenant))
+            assert found is not None
+            return found
+
 
 @pytest.fixture
 def attempts(store: ObjectStore, database_url: str, tenant: str) -> Iterator[Attempts]:
@@ -309,19 +337,57 @@ def test_a_later_attempt_at_the_same_batch_takes_its_share_and_the_old_one_gets_
     assert new.exchange(report(running=8)).calls == 8
 
 
-def test_where_specs_disagree_the_smallest_limit_of_those_who_ask_holds(
+def test_what_a_spec_says_bounds_its_own_tenant_alone(attempts: Attempts) -> None:
+    free, bound = attempts.by("a"), attempts.by("b", concurrency=1, requests_per_minute=30)
+    assert bound.exchange(report(wanted=1)).calls == 1
+    assert free.exchange(report()).calls == 7
+    for _ in range(2):
+        grant = free.exchange(report(running=7, permits=(1, 1, 1)))
+        assert (grant.calls, grant.limited) == (7, False)
+    grant = bound.exchange(report(running=1, permits=(1, 1, 1)))
+    assert (grant.calls, grant.limited, len(grant.permits)) == (1, True, 1)
+    # Its other pipelines are bound as well: each names what the endpoint bears.
+    same = attempts.by("b", pipeline="pl-more")
+    grant = same.exchange(report(permits=(1, 1, 1)))
+    assert (grant.calls, grant.limited, len(grant.permits)) == (0, True, 0)
+
+
+def test_a_tenant_s_slow_rate_makes_nobody_else_wait(attempts: Attempts) -> None:
+    slow, fast = attempts.by("a", requests_per_minute=1), attempts.by("b", requests_per_minute=6100)
+    assert len(slow.exchange(report(permits=(1,))).permits) == 1
+    assert slow.exchange(report(running=1, permits=(1,))).next_permit > 50
+    (leave,) = fast.exchange(report(permits=(1,))).permits
+    assert leave.after < 1
+    # And the slow one does not get more by it.
+    assert slow.exchange(report(running=1, permits=(1,))).next_permit > 50
+
+
+def test_all_tenants_together_ask_no_more_often_than_the_one_that_may_the_most(
     attempts: Attempts,
 ) -> None:
-    free = attempts.by("a")
-    assert not free.exchange(report()).limited
-    bound = attempts.by("b", concurrency=3, requests_per_minute=61)
-    bound.exchange(report())
-    grant = free.exchange(report(permits=(1, 1, 1)))
-    assert grant.limited
-    assert grant.calls <= 3
-    assert len(grant.permits) == 1
-    bound.leave(report())
-    assert not free.exchange(report()).limited
+    first, second = (attempts.by(name, requests_per_minute=1) for name in "ab")
+    assert len(first.exchange(report(permits=(1,))).permits) == 1
+    grant = second.exchange(report(permits=(1,)))
+    assert grant.permits == ()
+    assert 50 < grant.next_permit <= 61
+
+
+def test_a_reply_is_counted_from_when_the_clock_was_read_and_not_from_the_wait_for_it(
+    attempts: Attempts,
+) -> None:
+    calls = attempts.by("a", requests_per_minute=61)
+    calls.exchange(report())
+    found: list[Grant] = []
+    asking = threading.Thread(target=lambda: found.append(calls.exchange(report(holds=8))))
+    with transaction(attempts.world.engine) as session:
+        endpoints.hold(session, calls.endpoint)
+        asking.start()
+        time.sleep(0.2)
+        freed = time.monotonic()
+    asking.join(20)
+    read = found[0].read
+    assert read is not None
+    assert freed <= read[0] <= read[1]
 
 
 def test_strain_of_one_cuts_the_calls_of_all(attempts: Attempts) -> None:
@@ -391,15 +457,16 @@ def test_a_probe_does_not_wait_for_its_turn_but_counts(attempts: Attempts) -> No
     calls.exchange(report())
     probe = teacher_spec(limits={"concurrency": 8})
     for _ in range(3):
+        assert count_call(attempts.world.engine, probe, "a", 50) == 0
         assert count_call(attempts.world.engine, probe, "b", 50) == 0
-    # The strictest limit of those who ask holds: a minute for each of the three.
+    # The strictest limit of its tenant holds: a minute for each of its three.
     grant = calls.exchange(report(holds=8, permits=(1,)))
     assert grant.permits == ()
     assert 120 < grant.next_permit <= 183
     calls.exchange(report(holds=8, cool=50.0))
-    before = attempts.row().requests_at
-    assert 40 < count_call(attempts.world.engine, probe, "b", 50) <= 50
-    assert attempts.row().requests_at == before
+    before = attempts.own("a").requests_at
+    assert 40 < count_call(attempts.world.engine, probe, "a", 50) <= 50
+    assert attempts.own("a").requests_at == before
 
 
 def test_a_probe_in_a_pause_is_put_off_and_costs_no_attempt(
@@ -524,16 +591,39 @@ def test_a_teacher_that_asked_for_a_pause_or_whose_rate_is_used_up_is_sent_nothi
     store: ObjectStore, sqlite_url: str, tenant: str
 ) -> None:
     world = make_world(store, sqlite_url, tenant, "http://127.0.0.1:9/v1", batches=2, items=1)
+    name = world.batch().endpoint
     with transaction(world.engine) as session:
-        session.add(TeacherEndpoint(endpoint=world.batch().endpoint))
+        session.add(TeacherEndpoint(endpoint=name))
+        session.flush()
+        session.add(TeacherTenant(endpoint=name, tenant_id=tenant))
+        session.add(TeacherTenant(endpoint=name, tenant_id="another"))
         clock = now(session)
-    for column in ("cool_until", "open_until", "requests_at", "tokens_at"):
+    for column in ("cool_until", "open_until"):
         change_endpoint(world, **{column: clock + 600})
         assert due(world) == []
         change_endpoint(world, **{column: 0.0})
         assert len(due(world)) == 2
+    for column in ("requests_at", "tokens_at"):
+        for whose, sent in ((tenant, 0), ("another", 2)):
+            change_tenant(world, whose, **{column: clock + 600})
+            assert len(due(world)) == sent
+            change_tenant(world, whose, **{column: 0.0})
     change_endpoint(world, concurrency=1.4)  # the second would wait for a call
     assert len(due(world)) == 1
+
+
+def test_a_tenant_takes_no_more_places_than_its_spec_allows_calls(
+    store: ObjectStore, sqlite_url: str, tenant: str
+) -> None:
+    url = "http://127.0.0.1:9/v1"
+    narrow = make_world(store, sqlite_url, tenant, url, batches=2, items=1, concurrency=1)
+    wide = make_world(store, sqlite_url, f"{tenant}b", url, batches=2, items=1)
+    one_key(narrow, wide)
+    assert due(wide, at_once=4) == [
+        (narrow.pipeline_id, 0),
+        (wide.pipeline_id, 0),
+        (wide.pipeline_id, 1),
+    ]
 
 
 def test_a_teacher_that_hangs_leaves_a_place_to_others(
@@ -570,3 +660,126 @@ def test_tenants_take_turns_and_in_them_pipelines(
         (small.pipeline_id, 1),
         (first.pipeline_id, 1),
     ]
+
+
+def serve(world: World, rounds: int) -> list[str]:
+    """One place for all: send one batch after the other; return whose they were."""
+    sent: list[str] = []
+    for _ in range(rounds):
+        with transaction(world.engine) as session:
+            (best,) = find_due(session, FAST, window=8, at_once=1)
+            mark_enqueued(session, best, FAST)
+        assert due(world, at_once=1) == []
+        with transaction(world.engine) as session:
+            session.execute(
+                update(Batch)
+                .where(Batch.pipeline_id == best.pipeline_id, Batch.batch == best.batch)
+                .values(state="closed")
+            )
+        sent.append(best.pipeline_id)
+    return sent
+
+
+def test_whoever_waits_the_longest_is_served_next_and_not_the_oldest(
+    store: ObjectStore, database_url: str, tenant: str
+) -> None:
+    url = "http://127.0.0.1:9/v1"
+    old, middle, young = (
+        make_world(store, database_url, f"{tenant}{letter}", url, batches=4, items=1)
+        for letter in "abc"
+    )
+    more = make_world(
+        store, database_url, f"{tenant}c", url, batches=4, items=1, name="more"
+    )  # a second pipeline of the youngest
+    everyone = (old, middle, young, more)
+    for world in everyone:
+        world.set(Pipeline, heldout_batches=4)
+    names = [world.pipeline_id for world in everyone]
+    assert serve(old, 8) == [names[number] for number in (0, 1, 2, 0, 1, 3, 0, 1)]
+    # Two places, of which one keeps being taken: the other goes round all the same.
+    with transaction(old.engine) as session:
+        held = and_(Batch.pipeline_id == names[0], Batch.batch == 3)
+        session.execute(update(Batch).where(held).values(state="due", lease_until=9e12))
+        found = find_due(session, FAST, window=8, at_once=3)
+    assert [(one.pipeline_id, one.batch) for one in found] == [(names[2], 1), (names[1], 3)]
+    for world in everyone:
+        world.engine.dispose()
+
+
+# One tenant's impatience
+
+
+def test_a_deadline_that_a_spec_made_short_says_nothing_about_the_teacher_to_others(
+    store: ObjectStore, sqlite_url: str, tenant: str, teacher: Teacher
+) -> None:
+    teacher.latency = 0.5
+    hasty = make_world(
+        store, sqlite_url, tenant, teacher.url, items=12, concurrency=12, timeout_seconds=0.05
+    )
+    patient = make_world(store, sqlite_url, f"{tenant}b", teacher.url, items=2)
+    name = one_key(hasty, patient)
+    hasty.collect_until_closed()
+    assert hasty.outcomes() == {"teacher_timeout": 12}
+    with reading(hasty.engine) as session:
+        row = session.get(TeacherEndpoint, endpoint_of(hasty.resolved.teacher_of(0), tenant))
+    assert row is not None
+    assert (row.away, row.open_until, row.concurrency, row.failed) == (0, 0.0, None, 0)
+    assert due(patient) == [(patient.pipeline_id, 0)]
+    assert row.endpoint == name
+    patient.collect_until_closed()
+    assert patient.outcomes() == {"answered": 2}
+
+
+def test_a_teacher_that_hangs_is_found_away_by_the_question_whatever_the_spec_s_deadline(
+    store: ObjectStore, sqlite_url: str, tenant: str, teacher: Teacher
+) -> None:
+    teacher.latency = 60
+    world = make_world(store, sqlite_url, tenant, teacher.url, items=2, timeout_seconds=0.05)
+    world.collect()
+    assert endpoint(world).away == 1
+    assert world.outcomes() == {"pending": 2}
+
+
+# Locks
+
+
+@pytest.mark.parametrize(
+    "database_url", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True
+)
+@pytest.mark.parametrize("by", ["circuit", "reaper"])
+def test_whoever_changes_many_batches_holds_them_in_the_order_of_their_keys(
+    by: str, store: ObjectStore, database_url: str, tenant: str
+) -> None:
+    world = make_world(store, database_url, tenant, "http://127.0.0.1:9/v1", batches=3, items=1)
+    # As rows and the index lie, the first one is the last.
+    world.set(Batch, batch=0, close_by=2e12, close_latest=3e12)
+    world.set(Batch, close_by=1e12, close_latest=2e12, state="due", lease_until=1.0)
+    world.set(Batch, batch=0, next_attempt_at=1.0)
+    holder = Holder(tenant, "pl-other", 0, 1)
+    spec = world.resolved.teacher_of(0)
+
+    def change() -> None:
+        if by == "circuit":
+            SharedLimits(world.engine, STEADY, spec, holder).away(AWAY)
+        else:
+            with transaction(world.engine) as session:
+                reap(session)
+
+    changing = threading.Thread(target=change)
+    first = and_(Batch.pipeline_id == world.pipeline_id, Batch.batch == 0)
+    others = and_(Batch.pipeline_id == world.pipeline_id, Batch.batch > 0)
+    with transaction(world.engine) as session:
+        session.execute(select(Batch).where(first).with_for_update())
+        changing.start()
+        wait_for(lambda: waiting_for_locks(world), 20, "who waits for the first batch")
+        # It waits, and holds none that comes after.
+        session.execute(select(Batch).where(others).with_for_update(nowait=True))
+    changing.join(20)
+    assert not changing.is_alive()
+    world.engine.dispose()
+
+
+def waiting_for_locks(world: World) -> int:
+    with reading(world.engine) as session:
+        query = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        return int(session.execute(text(query)).scalar_one())

@@ -227,18 +227,21 @@ def test_answers_that_are_given_along_need_no_probe(make: Any) -> None:
     assert (world.pipeline().collect, world.charges()) == ("running", [])
 
 
+@pytest.mark.parametrize(
+    ("dies", "kind"), [("paid_calls.crash_point", "unknown"), ("probe._decide", "probe")]
+)
 def test_a_killed_probe_leaves_its_charges_listed(
-    make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+    make: Any, teacher: Teacher, monkeypatch: pytest.MonkeyPatch, dies: str, kind: str
 ) -> None:
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     world = make(teacher.url)
     with monkeypatch.context() as patched:
-        patched.setattr("services.teacher_gateway.probe._decide", die)
+        patched.setattr(f"services.teacher_gateway.{dies}", die)
         with pytest.raises(KeyboardInterrupt):
             probe(world)
-    assert world.charged("unknown") >= teacher.invoiced_microusd() > 0
+    assert world.charged(kind) >= teacher.invoiced_microusd() > 0
     probe(world)
     assert world.pipeline().collect == "running"
     assert world.charged("unknown", "probe") >= teacher.invoiced_microusd()

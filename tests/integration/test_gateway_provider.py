@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from sqlalchemy import select, update
 
 from services.teacher_gateway.books import Books
 from services.teacher_gateway.claims import MOST_CRASHES
+from services.teacher_gateway.counters import PROVIDER_FILES
 from services.teacher_gateway.database import reading, transaction
 from services.teacher_gateway.dispatch import find_due
 from services.teacher_gateway.models import Batch, Pipeline, ProviderBatch
@@ -135,6 +137,7 @@ def test_a_batch_is_uploaded_waited_for_read_and_closed(
     assert world.charged("answers") == teacher.invoiced_microusd()
     assert world.events()[-2:] == ["response_batch.stored", "responses.completed"]
     assert provider.authorizations == {"Bearer sk-provider"}
+    assert set(provider.deleted) == {"file-1", "batch_1-output"}
     # Their seeds are those of live calls, so the answers are the same.
     live = make_world(store, database_url, f"{tenant}-b", teacher.url, items=20)
     assert (provider.count("POST /v1/files"), provider.count("POST /v1/batches")) == (1, 1)
@@ -261,6 +264,122 @@ def test_a_create_whose_reply_was_lost_is_found_among_many(
     assert provider.count("GET /v1/batches") > 2
     assert world.charged(*LISTED) == 0
     world.check_books()
+
+
+PATIENT = dataclasses.replace(FAST, provider_absent=600)
+
+
+def overdue(world: World) -> None:
+    """Let the time be over in which a provider may list what it was asked to begin."""
+    with transaction(world.engine) as session:
+        session.execute(update(ProviderBatch).values(absent_since=1.0))
+
+
+def test_a_batch_that_is_listed_late_is_not_created_twice(
+    store: ObjectStore, url: str, tenant: str, teacher: Teacher, provider: Provider
+) -> None:
+    provider.faults |= {"create_lost_reply", "lists_late"}
+    world = make(store, url, tenant, provider, times=PATIENT)
+    world.collect()
+    for _ in range(4):
+        go(world, provider)
+        assert [p.state for p in made(world)] == ["creating"]
+        assert world.pipeline().reserved_microusd > 0
+    row = world.batch()
+    assert (row.attempt, row.away, row.lease_until, row.state) == (1, 0, 0.0, "waiting")
+    assert provider.deleted == []
+    provider.faults.clear()
+    until_closed(world, provider)
+    assert (len(provider.jobs), len(provider.files), len(teacher.requests)) == (1, 1, 6)
+    check(world, teacher, listed=0)
+
+
+def test_a_batch_that_never_comes_is_made_impossible_before_there_is_another(
+    store: ObjectStore, url: str, tenant: str, teacher: Teacher, provider: Provider
+) -> None:
+    provider.faults.add("create_lost_reply")
+    world = make(store, url, tenant, provider, times=PATIENT)
+    world.collect()
+    provider.wait()
+    provider.jobs.clear()  # it never came there
+    asked = len(teacher.requests)
+    provider.faults.clear()
+    go(world, provider)
+    assert provider.deleted == []
+    overdue(world)
+    go(world, provider)
+    assert provider.deleted == ["file-1"]
+    assert [p.status for p in made(world)] == ["absent"]
+    until_closed(world, provider)
+    creations = [r for r in provider.requests if r.split()[0] in ("POST", "DELETE")]
+    assert creations.index("DELETE /v1/files/file-1") < creations.index("POST /v1/files", 1)
+    assert len(teacher.requests) - asked == 6
+    assert world.outcomes() == {"answered": 6}
+    assert world.charged(*LISTED) == 0
+
+
+def test_a_batch_that_may_yet_come_is_listed(
+    store: ObjectStore, url: str, tenant: str, teacher: Teacher, provider: Provider
+) -> None:
+    provider.faults |= {"create_lost_reply", "lists_late", "keeps_files"}
+    world = make(store, url, tenant, provider, times=PATIENT)
+    worst = sum(asked.worst_microusd for asked in world.asked[0])
+    world.collect()
+    go(world, provider)
+    overdue(world)
+    provider.faults.remove("create_lost_reply")
+    go(world, provider)
+    assert world.charged("unknown") == worst
+    until_closed(world, provider)
+    assert len(teacher.requests) == 12
+    check(world, teacher, listed=worst)
+
+
+def test_an_uploaded_file_is_used_again_while_it_is_there(
+    store: ObjectStore, url: str, tenant: str, teacher: Teacher, provider: Provider
+) -> None:
+    provider.faults.add("create_busy")
+    world = make(store, url, tenant, provider)
+    for _ in range(3):
+        world.expire()
+        world.collect()
+    assert (provider.count("POST /v1/files"), provider.count("POST /v1/batches")) == (1, 3)
+    provider.deleted.append("file-1")  # by its own clock
+    provider.faults.clear()
+    until_closed(world, provider)
+    assert provider.count("POST /v1/files") == 2
+    assert world.outcomes() == {"answered": 6}
+    check(world, teacher, listed=0)
+
+
+def test_files_that_cannot_be_deleted_hold_nothing_up(
+    store: ObjectStore, url: str, tenant: str, teacher: Teacher, provider: Provider
+) -> None:
+    provider.faults.add("keeps_files")
+    world = make(store, url, tenant, provider)
+    before = PROVIDER_FILES.labels("left")._value.get()
+    until_closed(world, provider)
+    assert world.outcomes() == {"answered": 6}
+    assert PROVIDER_FILES.labels("left")._value.get() == before + 2
+    check(world, teacher, listed=0)
+
+
+def test_a_key_that_a_provider_repeats_is_in_no_answer(
+    store: ObjectStore,
+    url: str,
+    tenant: str,
+    provider: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PROVIDER_KEY", "sk-provider-0123")
+    world = make(store, url, tenant, provider, teacher={"api_key": {"env": "PROVIDER_KEY"}})
+    world.collect()
+    provider.wait()
+    (job,) = provider.jobs.values()
+    for line in job.output:
+        line["response"]["body"]["id"] = "sk-provider-0123"
+    go(world, provider)
+    assert {json.loads(answer.body)["id"] for answer in world.answers()} == {"[key]"}
 
 
 @pytest.mark.parametrize(

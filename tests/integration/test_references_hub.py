@@ -78,9 +78,36 @@ def test_a_token_opens_a_gated_repository_and_reaches_nobody_else(
     error = refused(sources(hub, tmp_path))
     assert "accept its licence on the hub" in str(error)
     assert "HF_TOKEN" in str(error)
-    assert set(fetched(sources(hub, tmp_path, token="hf_secret"))) == WHOLE
+    opening = {"token": "hf_secret", "hub_token_owners": "ACME, other"}
+    assert set(fetched(sources(hub, tmp_path, **opening))) == WHOLE
     assert hub.leaked == []
     assert "hf_secret" not in repr(sources(hub, tmp_path, token="hf_secret"))
+
+
+@pytest.mark.parametrize(
+    ("told", "opens"),
+    [
+        ({"profile": "embedded"}, True),
+        ({"profile": "deployed"}, False),
+        ({"profile": "deployed", "hub_token_owners": "other,acme2"}, False),
+        ({"profile": "deployed", "hub_token_owners": "acme"}, True),
+        ({"profile": "deployed", "hub_token_owners": "*"}, True),
+        ({"profile": "embedded", "hub_token_owners": "other"}, False),
+    ],
+)
+def test_the_operators_token_opens_only_what_the_operator_named(
+    hub: FakeHub, tmp_path: Path, told: dict[str, str], opens: bool
+) -> None:
+    hub.token = "hf_secret"
+    where = sources(hub, tmp_path, token="hf_secret", **told)
+    if opens:
+        assert set(fetched(where)) == WHOLE
+    else:
+        assert "HUB_TOKEN_OWNERS" in str(refused(where))
+        assert hub.asked == []
+    hub.token = None  # whoever is not named fetches what is open to all, without the token
+    assert set(fetched(where)) == WHOLE
+    assert hub.authorizations == ({"Bearer hf_secret"} if opens else {None})
 
 
 def test_a_broken_connection_is_gone_on_with(hub: FakeHub, tmp_path: Path) -> None:

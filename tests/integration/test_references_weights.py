@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from services.evaluator.models import Models, prepare_torch
+from services.trainer.fetching import Fetching
+from services.trainer.hold import TrainingStopped
 from stillhouse.chassis.references import pin_of
 from stillhouse.chassis.storage import ObjectStore
+from stillhouse.contracts import artifacts
 from stillhouse.contracts.events import CheckpointSaved, StageFailed, StageProgressed
 from stillhouse.contracts.spec import ResolvedSpec
 from stillhouse.embedded.parts import Store
 from tests.support.hub import REFERENCE, serving_hub
 from tests.support.references import Bucket, make_sources, weights_bucket
-from tests.support.shards import make_resolved_spec, store_spec, tiny_student
-from tests.support.trainers import Bench
+from tests.support.shards import make_resolved_spec, stop_pipeline, store_spec, tiny_student
+from tests.support.trainers import Bench, state_of
 
 
 @pytest.fixture
@@ -58,6 +62,36 @@ def test_a_student_that_was_replaced_since_it_was_accepted_is_refused(
     bench.run(store_spec(bench.store, resolved), **bucket.settings())
     (failed,) = bench.wire.events(StageFailed)
     assert (failed.reason, failed.fatal) == ("reference_changed", True)
+
+
+def test_a_fetch_ends_when_its_pipeline_stops(
+    bench: Bench, tenant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_student(tmp_path / "student", layers=2)
+    resolved = make_resolved_spec(student=REFERENCE, tenant=tenant)
+    look = Fetching.__call__
+    with serving_hub({path.name: path.read_bytes() for path in folder.iterdir()}) as hub:
+        held = hub.held["model.safetensors"] = threading.Event()
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+        def looking(self: Fetching, done: int, total: int) -> None:
+            stopped = artifacts.stopped_key(tenant, resolved.pipeline_id)
+            if total and not bench.store.exists(stopped):
+                stop_pipeline(bench.store, resolved)
+            try:
+                look(self, done, total)
+            except TrainingStopped:
+                held.set()  # its thread waits for the next bytes
+                raise
+
+        monkeypatch.setattr(Fetching, "__call__", looking)
+        told = {"cache_dir": tmp_path / "cache", "allow_hub": True}
+        bench.run(store_spec(bench.store, resolved), **told)
+        assert hub.times("model.safetensors") == 1
+    assert held.is_set()
+    state = state_of(bench.store, resolved)
+    assert (state.head, state.holder, state.failed) == (None, "", "")
+    assert bench.wire.events(CheckpointSaved, StageFailed) == []
 
 
 def test_a_reference_is_fetched_from_the_hub_and_measured_with(

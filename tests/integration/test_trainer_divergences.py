@@ -116,6 +116,15 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(
     assert tensors_digest(heads[0]) == tensors_digest(heads[1])
 
 
+def test_a_training_whose_teacher_has_no_weights_fails_in_words(bench: Bench, tenant: str) -> None:
+    """Acceptance refuses it; a spec.json of elsewhere may say so all the same."""
+    resolved = resolved_spec(bench, tenant, "teacher", loss="reverse_kl")
+    bench.run(*wakes_of(bench, resolved.model_copy(update={"reference": None})))
+    failed = state_of(bench.store, resolved).failed
+    assert failed.startswith("teacher_weights_unknown: ")
+    assert "`teachers[0].reference`" in failed
+
+
 def test_a_teacher_of_another_vocabulary_is_refused_by_name(bench: Bench, tenant: str) -> None:
     tiny_student(bench.folder / "models" / "wider", layers=1, vocabulary=1024)
     bench.roots = bench.folder / "models"

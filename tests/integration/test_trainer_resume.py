@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from services.trainer import matrices, probe
 from services.trainer.data import TrainData
 from services.trainer.plan import decay_steps
 from stillhouse.chassis.storage import ObjectStore
+from stillhouse.contracts import artifacts
 from stillhouse.contracts.canonical import digest_of
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.events import CheckpointSaved, StageProgressed, TrainingCompleted
 from stillhouse.contracts.spec import ResolvedSpec
-from stillhouse.contracts.trainings import CheckpointManifest, Cursor
+from stillhouse.contracts.trainings import CheckpointManifest, Cursor, Plan
 from stillhouse.embedded.parts import Store
 from tests.support.shards import (
     dataset_sealed,
@@ -239,6 +241,39 @@ def test_a_training_killed_at_a_named_point_ends_in_the_same_bits(
     assert_same(bench, resolved, undisturbed)
     saved = bench.wire.events(CheckpointSaved)
     assert {e.step for e in saved} == {e.step for e in state_of(bench.store, resolved).published}
+
+
+def test_what_was_found_before_step_0_is_not_found_again(
+    bench: Bench,
+    tenant: str,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: tuple[CheckpointManifest, Cursor],
+) -> None:
+    """dtype, micro-batch and library of matrices stand in the plan, whoever goes on and whatever a
+    probe would find there."""
+    know_dead_holders(monkeypatch)
+    resolved = resolved_spec(bench, tenant)
+    wakes = accepted(bench, resolved), sealed(bench, resolved)
+    with pytest.raises(Killed), killing(monkeypatch, "trainer.planned"):
+        bench.run(*wakes)
+    key = artifacts.plan_key(tenant, resolved.training_id)
+    planned = bench.store.find_model(key, Plan)
+    assert planned is not None
+    here = planned[0].environment.matrices
+    other = matrices.NATIVE if here == matrices.ONEDNN else matrices.ONEDNN
+    monkeypatch.setattr(matrices, "here", lambda: other)
+    used, use = set[str](), matrices.use
+    monkeypatch.setattr(matrices, "use", lambda name: (used.add(name), use(name)))
+    monkeypatch.delattr(probe, "suited")
+    otherwise = {"dtype": "bfloat16", "micro_batch_tokens": 7, **EVERY_STEP}
+    for step in (1, 2):  # from the plan alone, then from a checkpoint
+        with pytest.raises(Killed), killing(monkeypatch, "trainer.optimizer", 2 * step):
+            bench.run(*wakes, **otherwise)
+    bench.run(*wakes, **otherwise)
+    assert used == {here}
+    assert bench.store.find_model(key, Plan) == planned
+    assert head_of(bench.store, resolved).environment == planned[0].environment
+    assert_same(bench, resolved, undisturbed)
 
 
 def test_a_training_in_bfloat16_stays_in_it_and_ends_in_the_same_bits(

@@ -33,7 +33,7 @@ from tests.support.shards import (
     store_spec,
     tiny_student,
 )
-from tests.support.trainers import Bench, head_of, state_of, tensors_digest
+from tests.support.trainers import Bench, head_of, replay, state_of, tensors_digest
 from tests.support.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -214,6 +214,7 @@ def test_a_killed_process_is_followed_by_another_with_the_same_bits(
 ) -> None:
     resolved = spec_of(roots, tenant)
     wakes = put(store, resolved)
+    replay(store, resolved, undisturbed)
     first = processes.start()
     publisher = bus.Publisher(GATEWAY, valkey_url)
     publisher.publish(wakes[0])
@@ -242,6 +243,7 @@ def test_a_holder_that_slept_through_its_lease_writes_nothing_any_more(
 ) -> None:
     resolved = spec_of(roots, tenant)
     wakes = put(store, resolved)
+    replay(store, resolved, undisturbed)
     zombie = processes.start()
     bus.Publisher(GATEWAY, valkey_url).publish(wakes[0])
     wait_for(lambda: head_of(store, resolved).step, 90, "some steps", until=lambda n: n >= 5)
@@ -281,6 +283,7 @@ def test_a_process_told_to_end_saves_releases_and_hands_its_wake_up_on(
 ) -> None:
     resolved = spec_of(roots, tenant)
     wakes = put(store, resolved)
+    replay(store, resolved, undisturbed)
     first = processes.start(TRAINER_SAVE_AFTER_SECONDS="600")
     bus.Publisher(GATEWAY, valkey_url).publish(wakes[0])
     wait_for(

@@ -63,6 +63,7 @@ FAST: GatewayTimeouts = dataclasses.replace(
     probe_attempts=2,
     probe_backoff=0.05,
     redrive=60,
+    provider_absent=0,
 )
 
 
@@ -72,6 +73,7 @@ def make_settings(database_url: str, **more: Any) -> TeacherGatewaySettings:
         "database_url": database_url,
         "key_pepper": "0123456789abcdef",
         "profile": "embedded",
+        "secret_hosts": "LLM_KEY@*,PROVIDER_KEY@*",
         **more,
     }
     return TeacherGatewaySettings.model_validate(values)

@@ -6,10 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import httpx
 
 from stillhouse.embedded.parts import Store
 from tests.support.gateway_api import NO_BROKER, PEPPER
+from tests.support.waiting import wait_for
 
 Environ = dict[str, str]
 
@@ -46,3 +51,21 @@ def start_api(environ: Environ, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "services.teacher_gateway", "api"], env=environ, stderr=sink
         )
+
+
+@contextmanager
+def api_process(environ: Environ, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An API that answers, and its address; it is killed at the end."""
+    process = start_api(environ, log)
+    address = f"http://127.0.0.1:{environ['TEACHER_GATEWAY_API_PORT']}"
+    try:
+        wait_for(
+            lambda: httpx.get(f"{address}/healthz").status_code,
+            60,
+            "the API answers",
+            until=lambda status: status == 200,
+        )
+        yield process, address
+    finally:
+        process.kill()
+        process.wait()

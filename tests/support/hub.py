@@ -34,6 +34,7 @@ class FakeHub:
     status: int | None = None  # answers everything with this
     ranges: bool = True
     asked: list[tuple[str, str | None]] = field(default_factory=list)  # (file, Range)
+    authorizations: set[str | None] = field(default_factory=set)
     leaked: list[str] = field(default_factory=list)  # keys that reached the second host
     url: str = ""
     _cdn: str = ""
@@ -69,6 +70,8 @@ def serving_hub(files: dict[str, bytes]) -> Iterator[FakeHub]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
+            if not path.startswith("/cdn/"):
+                hub.authorizations.add(self.headers.get("Authorization"))
             if path.startswith("/cdn/"):
                 if key := self.headers.get("Authorization"):
                     hub.leaked.append(key)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -49,6 +50,15 @@ class RestartableValkey:
 
     def kill(self) -> None:
         kill_group(self._process)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It takes connections meanwhile, and says nothing."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def close(self) -> None:
         self.kill()

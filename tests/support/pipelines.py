@@ -23,7 +23,7 @@ from stillhouse.contracts.trainings import CheckpointManifest
 from stillhouse.embedded.stack import StackInfo, StackOptions, read_stack, running_stack
 from tests.support.shards import store_of, tiny_student
 from tests.support.teacher import MODEL, Invoice, Teacher, running_teacher
-from tests.support.trainers import Bench, head_of
+from tests.support.trainers import Bench, head_of, replay
 
 TENANT = "default"
 
@@ -126,8 +126,11 @@ def running_plant(
             yield Plant(root / "stack", stack, teacher, client, store, student)
 
 
-def train_undisturbed(plant: Plant, resolved: ResolvedSpec, folder: Path) -> CheckpointManifest:
-    """Train another student over the same sealed dataset, in this process, in one go."""
+def train_undisturbed(
+    plant: Plant, resolved: ResolvedSpec, disturbed: CheckpointManifest, folder: Path
+) -> CheckpointManifest:
+    """Train another student over the same sealed dataset by the same plan, in this process, in one
+    go."""
     again = resolved.model_copy(
         update={
             "pipeline_id": f"{resolved.pipeline_id}-again",
@@ -138,6 +141,7 @@ def train_undisturbed(plant: Plant, resolved: ResolvedSpec, folder: Path) -> Che
     )
     ref = plant.store.put_new_model(artifacts.spec_key(TENANT, again.pipeline_id), again)
     event = PipelineAccepted(spec=ref, dataset_id=again.dataset_id, training_id=again.training_id)
+    replay(plant.store, again, disturbed)
     folder.mkdir()
     bench = Bench(plant.store, plant.stack.store, folder, plant.student.parent)
     bench.run(seal(event, tenant_id=TENANT, pipeline_id=again.pipeline_id))

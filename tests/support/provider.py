@@ -42,6 +42,8 @@ ProviderFault = Literal[
     "cut_output",  # the output file breaks off
     "no_output",  # the output file is gone
     "rude_ids",
+    "keeps_files",  # 405 for a deletion
+    "lists_late",  # what was created is not in the list yet
 ]
 
 
@@ -93,7 +95,8 @@ class Provider:
     page: int = 100
     unknown: str = ""  # a parameter that its model does not support
     faults: set[ProviderFault] = field(default_factory=set)
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # all that were ever uploaded
+    deleted: list[str] = field(default_factory=list)
     jobs: dict[str, Job] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     authorizations: set[str] = field(default_factory=set)
@@ -138,6 +141,7 @@ class Provider:
         app.router.add_post("/v1/chat/completions", self._live)
         app.router.add_post("/v1/files", self._upload)
         app.router.add_get("/v1/files/{id}/content", self._content)
+        app.router.add_delete("/v1/files/{id}", self._delete)
         app.router.add_post("/v1/batches", self._create)
         app.router.add_get("/v1/batches", self._list)
         app.router.add_get("/v1/batches/{id}", self._show)
@@ -170,14 +174,25 @@ class Provider:
         shown = "../v1/models" if "rude_ids" in self.faults else name
         return web.json_response({"id": shown, "object": "file", "purpose": "batch"})
 
+    async def _delete(self, request: web.Request) -> web.Response:
+        name = request.match_info["id"]
+        if "keeps_files" in self.faults:
+            return _error(405, "Method Not Allowed")
+        if name in self.deleted:
+            return _error(404, "No such file")
+        self.deleted.append(name)
+        return web.json_response({"id": name, "object": "file", "deleted": True})
+
     async def _create(self, request: web.Request) -> web.StreamResponse:
         if "create_busy" in self.faults:
             return _error(429, "slow down")
         if "create_not_found" in self.faults:
             return _error(404, "Not Found")
         body = await request.json()
-        if "create_refused" in self.faults or body["input_file_id"] not in self.files:
+        if "create_refused" in self.faults:
             return _error(400, "this model has no batches")
+        if body["input_file_id"] not in self.files.keys() - set(self.deleted):
+            return _error(400, "no such file")
         assert body["endpoint"] == "/v1/chat/completions"
         assert body["completion_window"] == "24h"
         job = Job(
@@ -198,7 +213,7 @@ class Provider:
     async def _list(self, request: web.Request) -> web.Response:
         if "no_list" in self.faults:
             return _error(404, "Not Found")
-        newest = list(reversed(self.jobs.values()))
+        newest = [] if "lists_late" in self.faults else list(reversed(self.jobs.values()))
         if after := request.query.get("after"):
             newest = newest[[job.id for job in newest].index(after) + 1 :]
         page = newest[: min(int(request.query["limit"]), self.page)]
@@ -223,6 +238,8 @@ class Provider:
     async def _content(self, request: web.Request) -> web.StreamResponse:
         name, _, kind = request.match_info["id"].rpartition("-")
         job = self.jobs[name]
+        if request.match_info["id"] in self.deleted:
+            return _error(404, "No such file")
         if kind == "output" and "no_output" in self.faults:
             return _error(404, "No such file")
         lines = job.output if kind == "output" else job.errors

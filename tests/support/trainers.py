@@ -22,7 +22,7 @@ from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.envelope import Envelope
 from stillhouse.contracts.events import Event
 from stillhouse.contracts.spec import ResolvedSpec
-from stillhouse.contracts.trainings import CheckpointManifest, Cursor, TrainingState
+from stillhouse.contracts.trainings import CheckpointManifest, Cursor, Plan, TrainingState
 from stillhouse.embedded.parts import Store
 from tests.support.shards import store_of
 
@@ -120,6 +120,16 @@ def killing(monkeypatch: pytest.MonkeyPatch, point: str, at: int = 1) -> Iterato
             patched.setattr(f"services.trainer.{module}.crash_point", crash_point)
         patched.setattr(leases.Lease, "release", leases.Lease._stop_beating)
         yield
+
+
+def replay(store: ObjectStore, resolved: ResolvedSpec, other: CheckpointManifest) -> None:
+    """Give a training the plan of another one before it begins: two probes in two processes may
+    choose otherwise, and bits are compared over one plan."""
+    key = artifacts.plan_key(other.tenant_id, other.training_id)
+    found = store.find_model(key, Plan)
+    assert found is not None
+    plan = found[0].model_copy(update={"training_id": resolved.training_id})
+    store.put_new_model(artifacts.plan_key(resolved.tenant_id, resolved.training_id), plan)
 
 
 def know_dead_holders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.batch_input import BatchInput, read_tokenizer
+from services.teacher_gateway.database import insert_new
 from services.teacher_gateway.ledger import changed
 from services.teacher_gateway.models import CachedAnswer
 from services.teacher_gateway.parts import Part, decode_part
@@ -42,9 +42,11 @@ class Kept:
 
 
 def keys_of(given: BatchInput, store: ObjectStore) -> dict[str, str]:
-    """Digest the question of each item; nothing where the cache is off, or answers are given."""
+    """Digest the question of each item; nothing where the cache is off, answers are given, or who
+    answers is not known: a `file:` folder may hold other weights under the same name tomorrow."""
     teacher = given.teacher
-    if not given.resolved.spec.prompts.cache or teacher.answers:
+    unpinned = teacher.weights is not None and teacher.weights.startswith("file:")
+    if not given.resolved.spec.prompts.cache or teacher.answers or unpinned:
         return {}
     # Weights see what we render; an endpoint renders by itself.
     chat = read_tokenizer(store, given.resolved.tokenizer) if teacher.weights else None
@@ -131,12 +133,8 @@ def remember(session: Session, tenant: str, keys: Mapping[str, str], parts: Iter
         for answer in part.answers
         if answer.item_id in keys and not answer.cached
     ]
-    if not rows:
-        return
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     # In one order, so that no two transactions wait for each other's rows in a circle.
-    ordered = sorted(rows, key=lambda row: row["key"])
-    session.execute(dialect.insert(CachedAnswer).on_conflict_do_nothing().values(ordered))
+    insert_new(session, CachedAnswer, sorted(rows, key=lambda row: row["key"]))
 
 
 def forget(session: Session, tenant: str, gone: Iterable[Kept]) -> None:

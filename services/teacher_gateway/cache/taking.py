@@ -9,7 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from services.teacher_gateway.asking import Fenced, Result
+from services.teacher_gateway.asking import Result
 from services.teacher_gateway.books import Books
 from services.teacher_gateway.cache import index
 from services.teacher_gateway.cache.index import Kept
@@ -17,6 +17,7 @@ from services.teacher_gateway.claims import MOST_CRASHES, Claim
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.counters import CACHED
 from services.teacher_gateway.database import transaction
+from services.teacher_gateway.holding import Fenced
 from services.teacher_gateway.parts import PART_ANSWERS, Part, encode_part
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.storage import AlreadyExists

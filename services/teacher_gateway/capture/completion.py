@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from services.teacher_gateway.capture import failures
+from services.teacher_gateway.capture.record import Tokens
 from services.teacher_gateway.capture.sse import DONE, data_of
 
 # Texts of a message, by the names that servers give them.
@@ -74,6 +75,26 @@ class _Chunk(msgspec.Struct):
     error: msgspec.Raw = _NULL
 
 
+class _Call:
+    """A function call as far as it has come: it grows by its arguments; its name comes once, whole
+    or in pieces."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, str] = {"type": "function"}
+        self._name: list[str] = []
+        self._arguments: list[str] = []
+
+    def add(self, piece: _Function) -> None:
+        self._name.append(piece.name or "")
+        self._arguments.append(piece.arguments or "")
+
+    @property
+    def function(self) -> dict[str, str]:
+        if not self._name:
+            return {}
+        return {"name": "".join(self._name), "arguments": "".join(self._arguments)}
+
+
 class _Choice:
     """One choice of a stream as far as it has come."""
 
@@ -82,8 +103,8 @@ class _Choice:
         self.texts: dict[str, list[str]] = {}
         self.text: list[str] = []
         self.role = "assistant"
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.function: dict[str, str] | None = None
+        self.calls: dict[int, _Call] = {}
+        self.function: _Call | None = None
         self.finish_reason: str | None = None
         self.logprobs: dict[str, list[msgspec.Raw]] = {}
         self.text_logprobs: list[msgspec.Raw] = []
@@ -105,7 +126,8 @@ class _Choice:
         for position, call in enumerate(delta.tool_calls or []):
             self._add_call(position if call.index is None else call.index, call)
         if delta.function_call is not None:
-            self.function = _joined(self.function or {}, delta.function_call)
+            self.function = self.function or _Call()
+            self.function.add(delta.function_call)
 
     def _add_logprobs(self, raw: msgspec.Raw, *, legacy: bool) -> None:
         if legacy:
@@ -117,13 +139,13 @@ class _Choice:
                 self.logprobs.setdefault(name, []).extend(entries)
 
     def _add_call(self, index: int, piece: _ToolCall) -> None:
-        call = self.calls.setdefault(index, {"type": "function", "function": {}})
+        call = self.calls.setdefault(index, _Call())
         if piece.id:
-            call["id"] = piece.id
+            call.about["id"] = piece.id
         if piece.type:
-            call["type"] = piece.type
+            call.about["type"] = piece.type
         if piece.function is not None:
-            call["function"] = _joined(call["function"], piece.function)
+            call.add(piece.function)
 
     def whole(self) -> dict[str, Any]:
         found: dict[str, Any] = {"index": self.index}
@@ -132,27 +154,22 @@ class _Choice:
             found["logprobs"] = self.text_logprobs or None
         else:
             texts = {name: "".join(pieces) for name, pieces in self.texts.items()}
-            calls = [{"id": None, **self.calls[index]} for index in sorted(self.calls)]
+            calls = [
+                {"id": None, **call.about, "function": call.function}
+                for _, call in sorted(self.calls.items())
+            ]
             message: dict[str, Any] = {"role": self.role, "content": None, **texts}
             if calls:
                 message["tool_calls"] = calls
                 message["content"] = message["content"] or None
             if self.function is not None:
-                message["function_call"] = self.function
+                message["function_call"] = self.function.function
             found["message"] = message
             found["logprobs"] = self.logprobs or None
         if self.token_ids:
             found["token_ids"] = self.token_ids
         found["finish_reason"] = self.finish_reason
         return found
-
-
-def _joined(before: dict[str, str], piece: _Function) -> dict[str, str]:
-    """A function call grows by its arguments; its name comes once, whole or in pieces."""
-    return {
-        "name": before.get("name", "") + (piece.name or ""),
-        "arguments": before.get("arguments", "") + (piece.arguments or ""),
-    }
 
 
 def _is_null(raw: msgspec.Raw) -> bool:
@@ -170,41 +187,51 @@ class _WholeChoice(msgspec.Struct):
 
 class _Whole(msgspec.Struct):
     choices: list[_WholeChoice]
+    usage: msgspec.Raw = _NULL
+
+
+class _Counts(msgspec.Struct):
+    """What is believed of a usage: nothing negative, and no more than there can be."""
+
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
+    total_tokens: Tokens | None = None
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
 _logprobs = msgspec.json.Decoder(_Logprobs)
 _whole = msgspec.json.Decoder(_Whole)
+_counts = msgspec.json.Decoder(_Counts)
 
 
 def whole_answer(answer: bytes, *, streamed: bool) -> bytes:
     """The completion that was sent, as JSON on one line. Raises Unusable."""
-    if streamed:
-        return msgspec.json.encode(assemble(answer))
     try:
+        # All of it: what stays raw is not looked at by a decoder.
         answer.decode()
-        found = _whole.decode(answer)
-        if not found.choices or any(c.message is None and c.text is None for c in found.choices):
-            raise Unusable(failures.TEACHER_INVALID, "expected choices with a message, found none")
-        return msgspec.json.format(answer, indent=-1)
+        return _put_together(answer) if streamed else _as_it_is(answer)
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
         raise Unusable(failures.TEACHER_INVALID, f"no chat completion: {error}") from error
 
 
-def assemble(stream: bytes) -> dict[str, Any]:
-    """Put a stream of chunks together. Raises Unusable for one that is not whole."""
+def _as_it_is(answer: bytes) -> bytes:
+    found = _whole.decode(answer)
+    if not found.choices or any(c.message is None and c.text is None for c in found.choices):
+        raise Unusable(failures.TEACHER_INVALID, "expected choices with a message, found none")
+    _check_usage(found.usage)
+    return msgspec.json.format(answer, indent=-1)
+
+
+def _put_together(stream: bytes) -> bytes:
     choices: dict[int, _Choice] = {}
     head: dict[str, Any] = {}
-    usage: msgspec.Raw | None = None
+    usage = _NULL
     legacy = done = False
     for data in data_of(stream):
         if data.strip() == DONE:
             done = True
             break
-        try:
-            chunk = _chunk.decode(data)
-        except (UnicodeDecodeError, msgspec.DecodeError, RecursionError) as error:
-            raise Unusable(failures.TEACHER_INVALID, f"no chunk of one: {error}") from error
+        chunk = _chunk.decode(data)
         if not _is_null(chunk.error):
             raise Unusable(failures.TEACHER_ERROR, "the stream ended in an error of the teacher")
         for name in ("id", "created", "model", "system_fingerprint", "prompt_token_ids"):
@@ -222,9 +249,20 @@ def assemble(stream: bytes) -> dict[str, Any]:
     found = [choices[index].whole() for index in sorted(choices)]
     if any(choice["finish_reason"] is None for choice in found):
         raise Unusable(failures.TRUNCATED, "a choice has no finish_reason")
-    return {
+    _check_usage(usage)
+    whole: dict[str, Any] = {
         "object": "text_completion" if legacy else "chat.completion",
         **head,
         "choices": found,
-        **({} if usage is None else {"usage": usage}),
     }
+    if not _is_null(usage):
+        whole["usage"] = usage
+    return msgspec.json.encode(whole)
+
+
+def _check_usage(usage: msgspec.Raw) -> None:
+    if not _is_null(usage):
+        try:
+            _counts.decode(usage)
+        except msgspec.DecodeError as error:
+            raise Unusable(failures.TEACHER_INVALID, f"no count of tokens: {error}") from error

@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from services.teacher_gateway.capture import failures
-from services.teacher_gateway.capture.allowance import Held
+from services.teacher_gateway.capture.allowance import OpenTranche
 from services.teacher_gateway.capture.asked import Kind, read_body
 from services.teacher_gateway.capture.exchange import Answer, Cut, Exchange
 from services.teacher_gateway.capture.refusal import Refusal, from_problem
@@ -24,14 +24,12 @@ from services.teacher_gateway.capture.serving import Serving, Times
 from services.teacher_gateway.counters import CAPTURE_REQUESTS
 from services.teacher_gateway.keys import Caller, KeyRefused
 from services.teacher_gateway.problems import from_exception, unauthorized
-from services.teacher_gateway.request_limits import drain, host_is_allowed, wrong_host
+from services.teacher_gateway.request_limits import Heads, drain
 from services.teacher_gateway.routes.parts import Gateway
 
 CHAT, TEXT, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 _KINDS: Mapping[str, Kind] = {CHAT: "chat", TEXT: "text"}
 _PIECE = 1 << 16
-_MOST_HOSTS = 1000
-_BUSY = 1
 
 
 class CaptureEndpoint:
@@ -48,8 +46,7 @@ class CaptureEndpoint:
         self._settings = gateway.settings
         self._environ = environ
         self._times = times or Times()
-        self._hosts = gateway.settings.hosts
-        self._known_hosts: set[bytes] = set()
+        self._heads = Heads(gateway.settings.hosts)
         self._serving: Serving | None = None
 
     @staticmethod
@@ -97,46 +94,22 @@ class CaptureEndpoint:
 
     async def _admit(self, scope: Scope) -> tuple[Serving, Caller, int]:
         """Judge all that comes before a body. Raises Refusal or an error of the world."""
-        authorization, length = self._head(scope)
+        head = self._heads.read(scope["headers"])
         serving = self._serving
         if serving is None:
             raise Refusal(503, "stopping", "the gateway starts or stops: try again", retry_after=1)
-        if (caller := serving.callers.known(authorization)) is None:
+        if (caller := serving.callers.known(head.authorization)) is None:
             try:
-                caller = await serving.callers.find(authorization)
+                caller = await serving.callers.find(head.authorization)
             except KeyRefused:
                 raise from_problem(unauthorized()) from None
         expected = "POST" if scope["path"] in _KINDS else "GET"
         if scope["method"] != expected:
             raise Refusal(405, "method_not_allowed", f"expected {expected}")
         most = self._settings.capture_max_body_bytes
-        if length > most:
+        if head.length > most:
             raise _too_large(most)
         return serving, caller, most
-
-    def _head(self, scope: Scope) -> tuple[bytes, int]:
-        """Look at the headers once. Raises Refusal."""
-        host: bytes | None = None
-        authorization, length = b"", 0
-        for name, value in scope["headers"]:
-            if name == b"host":
-                if host is not None:
-                    raise from_problem(wrong_host())
-                host = value
-            elif name == b"authorization":
-                authorization = value
-            elif name == b"content-length":
-                if not value.isdigit():
-                    raise Refusal(400, "content_length", "expected a number as Content-Length")
-                length = int(value[:20])
-            elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-                raise Refusal(415, "content_encoding", "expected a body without Content-Encoding")
-        if host not in self._known_hosts:
-            if host is None or not host_is_allowed(host, self._hosts):
-                raise from_problem(wrong_host())
-            if len(self._known_hosts) < _MOST_HOSTS:
-                self._known_hosts.add(host)
-        return authorization, length
 
     async def _body(self, receive: Receive, most: int) -> bytes | None:
         """Read a body; None when the client left meanwhile. Raises Refusal."""
@@ -175,28 +148,25 @@ class CaptureEndpoint:
         served = serving.teachers.known(caller.tenant_id, asked.model)
         if served is None:
             served = await serving.teachers.find(caller.tenant_id, asked.model)
-        key = (served.tenant_id, served.name)
-        if serving.open[key] >= served.concurrency:
-            raise Refusal(
-                429,
-                "too_many_calls",
-                f"{served.concurrency} calls to {served.name!r} are open: try again in a second, "
-                "or raise `limits.concurrency`",
-                retry_after=_BUSY,
-            )
-        most = served.most(asked)
-        held: Held | None = None
-        if most:
-            allowance = serving.keeping.allowance(served)
-            held = allowance.hold(most, served.budget_microusd)
-            if held is None:
-                held = await allowance.hold_more(most, served.budget_microusd)
+        share = serving.enter(served, len(body))
+        try:
+            most = served.most(asked)
+            tranche: OpenTranche | None = None
+            if most:
+                allowance = serving.keeping.allowance(served)
+                tranche = allowance.hold(most, served.budget_microusd)
+                if tranche is None:
+                    tranche = await allowance.hold_more(most, served.budget_microusd)
+        except BaseException:
+            serving.leave(served, share)
+            raise
         exchange = Exchange(
             served,
             asked,
             body,
-            held,
+            tranche,
             most,
+            share=share,
             session=serving.session,
             send=send,
             ended=serving.ended,
@@ -205,24 +175,29 @@ class CaptureEndpoint:
         answer = await _wait(exchange, task, receive)
         if answer is None:
             return 200
-        await self._give(answer, send)
-        return answer.status
-
-    async def _give(self, answer: Answer, send: Send) -> None:
         if len(answer.body) <= _PIECE:
             await _send(send, answer.status, answer.headers, answer.body)
-            return
+        else:
+            with serving.holding(len(answer.body)):
+                await self._give(answer, send, served.timeout_seconds)
+        return answer.status
+
+    async def _give(self, answer: Answer, send: Send, seconds: float) -> None:
+        """Give a long answer to a client that may read slowly, but not for ever."""
         length = (b"content-length", str(len(answer.body)).encode())
         headers = [*answer.headers, length]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        for start in range(0, len(answer.body), _PIECE):
-            piece = answer.body[start : start + _PIECE]
-            more = start + _PIECE < len(answer.body)
-            try:
-                async with asyncio.timeout(self._times.client):
-                    await send({"type": "http.response.body", "body": piece, "more_body": more})
-            except TimeoutError:
-                return  # it does not read: the server closes what was not sent whole
+        try:
+            async with asyncio.timeout(seconds):
+                await send(
+                    {"type": "http.response.start", "status": answer.status, "headers": headers}
+                )
+                for start in range(0, len(answer.body), _PIECE):
+                    piece = answer.body[start : start + _PIECE]
+                    more = start + _PIECE < len(answer.body)
+                    async with asyncio.timeout(self._times.client):
+                        await send({"type": "http.response.body", "body": piece, "more_body": more})
+        except TimeoutError:
+            return  # the server closes what was not sent whole
 
     async def _models(self, serving: Serving, caller: Caller, scope: Scope, send: Send) -> int:
         rows = await serving.list_teachers(caller.tenant_id)

@@ -20,12 +20,14 @@ import aiohttp
 import msgspec
 
 from services.teacher_gateway.capture import failures
-from services.teacher_gateway.capture.allowance import Held
+from services.teacher_gateway.capture.allowance import OpenTranche
 from services.teacher_gateway.capture.asked import Asked
-from services.teacher_gateway.capture.record import Bill, Record
+from services.teacher_gateway.capture.record import MOST_MICROUSD, Bill, Record
 from services.teacher_gateway.capture.refusal import Headers, error_body
 from services.teacher_gateway.capture.registrations import Served
+from services.teacher_gateway.capture.room import PIECE_BYTES, Share
 from services.teacher_gateway.capture.sse import Passing, Usage
+from services.teacher_gateway.teachers.endpoint import without_key
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
 
@@ -72,7 +74,8 @@ class Cut(Exception):
     """The call ends here, for a reason of ours."""
 
     def __init__(self, failure: str, status: int, detail: str, *, billed: bool = True) -> None:
-        super().__init__(detail)
+        # It may quote the teacher, whose headers need not be UTF-8.
+        super().__init__(detail.encode(errors="replace").decode())
         self.failure = failure
         self.status = status
         self.billed = billed
@@ -86,9 +89,10 @@ class Exchange:
         served: Served,
         asked: Asked,
         body: bytes,
-        held: Held | None,
+        tranche: OpenTranche | None,
         most: int,
         *,
+        share: Share,
         session: aiohttp.ClientSession,
         send: Send,
         ended: Callable[[Exchange, Record], None],
@@ -97,8 +101,9 @@ class Exchange:
         self.asked = asked
         self.task: asyncio.Task[Answer | None] | None = None
         self._request = body
-        self._held = held
+        self._tranche = tranche
         self._most = most
+        self.share = share
         self._session = session
         self._send = send
         self._ended = ended
@@ -108,6 +113,7 @@ class Exchange:
         self.received = 0
         self.first_byte: float | None = None
         self.sending_since: float | None = None
+        self.waited = 0.0  # seconds for a client that does not read, before
         # What the watch did:
         self._cut: Cut | None = None
         self._begun = False
@@ -119,6 +125,8 @@ class Exchange:
         # What came:
         self._status = 0
         self._chunks: list[bytes] = []
+        self._kept = 0  # bytes of memory that they take
+        self._unrecorded = False  # the answer goes on to its client, and is not kept
         self._usage: Usage | None = None
         self._stream_began = False
 
@@ -132,11 +140,13 @@ class Exchange:
                 self.task.cancel()
 
     def drop_client(self) -> None:
-        """Stop sending to a client that does not read."""
-        if self._client_is_here and self.sending_since is not None and self.task is not None:
-            self._client_is_here = False
-            if self.dropped is not None:
-                self.dropped.set_result(None)
+        """Stop sending to a client that does not read; what the teacher says is still recorded."""
+        if not self._client_is_here or self.dropped is None or self.task is None:
+            return
+        self._client_is_here = False
+        if not self.dropped.done():
+            self.dropped.set_result(None)
+        if self.sending_since is not None:
             self.task.cancel()
 
     # The call
@@ -214,7 +224,7 @@ class Exchange:
             ) from error
         if not found.choices:
             raise Cut(failures.TEACHER_INVALID, 502, "the teacher's answer has no choices")
-        with suppress(msgspec.DecodeError):  # its cost is not known then
+        with suppress(msgspec.DecodeError):  # not given, or not believed: its cost is not known
             self._usage = _usage.decode(found.usage)
 
     async def _refused(self, response: aiohttp.ClientResponse) -> tuple[Answer | None, Cut]:
@@ -228,7 +238,7 @@ class Exchange:
             # Passed on it would say that the caller's own key is wrong.
             detail = "the teacher refused the gateway's key: the operator should check `api_key`"
             raise Cut(failures.REFUSED_BY_TEACHER, 502, detail, billed=False)
-        body = await self._read(response, MOST_ERROR_BYTES)
+        body = without_key(await self._read(response, MOST_ERROR_BYTES), self.served.key)
         kind = failures.REFUSED_BY_TEACHER
         if status >= 500 or status == 408:
             kind = failures.TEACHER_ERROR
@@ -241,21 +251,25 @@ class Exchange:
         """Read a body; `received` tells the watch how it goes."""
         content = response.content
         first = await content.readany()
-        self._saw(first)
+        self._saw(first, most)
         if content.at_eof():
             return first
         chunks = [first]
+        self._kept = len(first) + PIECE_BYTES
         while chunk := await content.readany():
-            self._saw(chunk)
-            if self.received > most:
-                raise Cut(failures.TOO_LARGE, 502, f"the teacher sent over {most} bytes")
+            self._saw(chunk, most)
+            self._kept += len(chunk) + PIECE_BYTES
+            if self._kept > self.share.answer_bytes and not self.share.grow(self._kept):
+                raise _no_memory()
             chunks.append(chunk)
         return b"".join(chunks)
 
-    def _saw(self, chunk: bytes) -> None:
+    def _saw(self, chunk: bytes, most: int) -> None:
         if self.first_byte is None:
             self.first_byte = time.monotonic()
         self.received += len(chunk)
+        if self.received > most:
+            raise Cut(failures.TOO_LARGE, 502, f"the teacher sent over {most} bytes")
 
     async def _pass_stream(self, response: aiohttp.ClientResponse) -> None:
         kind = response.headers.get("Content-Type", "")
@@ -266,12 +280,10 @@ class Exchange:
         content = response.content
         try:
             while chunk := await content.readany():
-                self._saw(chunk)
-                if self.received > MOST_ANSWER_BYTES:
-                    detail = f"the teacher sent over {MOST_ANSWER_BYTES} bytes"
-                    raise Cut(failures.TOO_LARGE, 502, detail)
-                self._chunks.append(chunk)
-                if passed := passing.feed(chunk):
+                self._saw(chunk, MOST_ANSWER_BYTES)
+                passed = passing.feed(chunk)
+                self._keep(chunk, passing.unfinished)
+                if passed:
                     await self._to_client(passed)
             last = passing.end()
         finally:
@@ -280,11 +292,28 @@ class Exchange:
             raise Cut(failures.TRUNCATED, 502, "the teacher's stream ended without [DONE]")
         await self._to_client(last, last=True)
 
+    def _keep(self, chunk: bytes, unfinished: int) -> None:
+        """Keep a piece of a stream for its record, while there is memory for it.
+
+        An answer never fails for its record: without memory it is passed on and not kept. Only an
+        event without an end, which cannot be passed on yet, needs memory in any case.
+        """
+        if not self._unrecorded:
+            self._chunks.append(chunk)
+            self._kept += len(chunk) + PIECE_BYTES
+            if self._kept <= self.share.answer_bytes or self.share.grow(self._kept):
+                return
+            self._unrecorded = True
+            self._chunks.clear()
+            self.share.shrink()
+        if unfinished > self.share.answer_bytes and not self.share.grow(unfinished):
+            raise _no_memory()
+
     async def _to_client(self, body: bytes, *, last: bool = False) -> None:
         """Send, as long as there is someone. Slow ones are dropped by the watch."""
         if not self._client_is_here:
             return
-        self.sending_since = time.monotonic()
+        since = self.sending_since = time.monotonic()
         try:
             if not self._stream_began:
                 self._stream_began = True
@@ -298,25 +327,28 @@ class Exchange:
         except Exception:
             self._client_is_here = False  # it went away; the record does not
         finally:
+            self.waited += time.monotonic() - since
             self.sending_since = None
 
     # Its end
 
     def _close(self, failure: Cut | None) -> None:
         """Settle and record, whatever happened. Nothing in here waits."""
+        if failure is None and self._unrecorded:
+            detail = "answered, and not recorded: calls in flight held all their memory"
+            failure = Cut(failures.MEMORY_FULL, 200, detail)
         usage = self._usage
         bill: Bill = ""
         cost = 0
-        if usage is not None and min(usage.prompt_tokens, usage.completion_tokens) >= 0:
+        if usage is not None:
             bill = "known"
-            cost = self.served.cost(usage.prompt_tokens, usage.completion_tokens)
-        else:
-            usage = None
-            if failure is None or (failure.billed and self._status in (0, 200, *_MAYBE_BILLED)):
-                bill, cost = "unknown", self._most
-        held = self._held
-        if held is not None:
-            held.settle_call(self._most, cost)
+            cost = self.served.rates.cost(usage.prompt_tokens, usage.completion_tokens)
+            cost = min(cost, MOST_MICROUSD)
+        elif failure is None or (failure.billed and self._status in (0, 200, *_MAYBE_BILLED)):
+            bill, cost = "unknown", self._most
+        tranche = self._tranche
+        if tranche is not None:
+            tranche.settle_call(self._most, cost)
         record = Record(
             tenant_id=self.served.tenant_id,
             teacher=self.served.name,
@@ -332,13 +364,21 @@ class Exchange:
             tags=self.asked.tags,
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
-            tranche_id=held.tranche_id if held is not None and cost else "",
+            tranche_id=tranche.tranche_id if tranche is not None and cost else "",
             bill=bill,
             microusd=cost,
             request=self._request,
             answer=b"".join(self._chunks) if failure is None else b"",
         )
         self._ended(self, record)
+
+
+def _no_memory() -> Cut:
+    detail = (
+        "calls in flight hold all the memory that they may "
+        "(TEACHER_GATEWAY_CAPTURE_MEMORY_BYTES): try again in a second"
+    )
+    return Cut(failures.MEMORY_FULL, 503, detail)
 
 
 def _passed_on(response: aiohttp.ClientResponse) -> Headers:

@@ -1,8 +1,9 @@
 """What goes on beside the calls: recorded traffic to the store, money to the ledger.
 
-One task of the event loop does it in turn; whatever waits for disk, store or database does so in a
-thread. A duty that meets an error is done again at the next turn: meanwhile the spool and the
-tranches hold what is not told yet.
+One task of the event loop brings records home, another one keeps the money, so that a store which
+stalls lets no tranche expire; whatever waits for disk, store or database does so in a thread. A
+duty that meets an error is done again at the next turn: meanwhile the spool and the tranches hold
+what is not told yet.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Keeping:
             lost=self._lost_in_thread,
             segment_seconds=segment_seconds,
         )
-        self._task = self._loop.create_task(self._run())
+        self._tasks = {
+            self._loop.create_task(self._turns(self._keep_money)),
+            self._loop.create_task(self._turns(self._bring_home)),
+        }
 
     def allowance(self, served: Served) -> Allowance:
         """The money of a teacher in this process."""
@@ -100,31 +104,35 @@ class Keeping:
     async def stop(self) -> None:
         """Bring home what there is; what cannot be brought waits in the spool."""
         self._stopping.set()
-        await asyncio.wait({self._task}, timeout=_LAST_SECONDS)
-        self._task.cancel()
+        await asyncio.wait(self._tasks, timeout=_LAST_SECONDS)
+        for task in self._tasks:
+            task.cancel()
         await self._in_thread(self._threads, self._spool.close)
         try:
             async with asyncio.timeout(_LAST_SECONDS):
-                await self._turn(last=True)
+                # Beside each other: a store that stalls keeps no money here.
+                await asyncio.gather(self._bring_home(), self._keep_money(last=True))
         except TimeoutError:
             log.warning("recorded traffic waits in the spool", segments=len(self._closed))
         self._shipper.shutdown(wait=False, cancel_futures=True)
         self._spool.remove()
 
-    async def _run(self) -> None:
+    async def _turns(self, turn: Callable[[], Awaitable[None]]) -> None:
         while not self._stopping.is_set():
-            await self._turn()
+            await turn()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._turn_seconds)
 
-    async def _turn(self, *, last: bool = False) -> None:
-        if time.monotonic() >= self._paused_until:
-            await self._duty("ship", self._ship)
-        await self._duty("settle", self._settle_unrecorded)
+    async def _keep_money(self, *, last: bool = False) -> None:
         await self._duty("renew", self._renew)
+        await self._duty("settle", self._settle_unrecorded)
         for allowance in list(self._allowances.values()):
             if last or allowance.idle():
                 await self._duty("give_back", allowance.give_back)
+
+    async def _bring_home(self) -> None:
+        if time.monotonic() >= self._paused_until:
+            await self._duty("ship", self._ship)
         CAPTURE_SPOOL_BYTES.set(self._spool.size)
 
     async def _duty(self, name: str, duty: Callable[[], Awaitable[None]]) -> None:
@@ -204,7 +212,7 @@ class Keeping:
     async def _renew(self) -> None:
         if time.monotonic() - self._renewed_at < tranches.TTL_SECONDS / 3:
             return
-        held = {a.held.tranche_id: a for a in self._allowances.values() if a.held.taken > 0}
+        held = {a.tranche.tranche_id: a for a in self._allowances.values() if a.tranche.taken > 0}
         gone = await self._in_thread(self._threads, tranches.renew, self._engine, list(held))
         self._renewed_at = time.monotonic()
         for tranche_id in gone:

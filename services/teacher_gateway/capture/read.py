@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,12 +44,13 @@ def open_captured(
     *,
     terms: str | None = None,
     stored_before: float | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> BinaryIO:
     """Copy the chosen prompts into an unnamed file, one JSON object a line.
 
     `terms` are those of the teacher whose answers are given, for `answers: true`. `stored_before`
     (a time of the database) leaves out what was indexed later, so that reading again gives the
-    same. Raises PromptsRefused.
+    same. `alive` is called now and then. Raises PromptsRefused.
     """
     check_captured(captured, tenant_id, engine, terms=terms)
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the caller closes it)
@@ -57,6 +58,7 @@ def open_captured(
     try:
         lines = captured_lines(captured, tenant_id, engine, store, stored_before=stored_before)
         for line in lines:
+            alive()
             size += len(line)
             if size > max_bytes:
                 raise PromptsRefused(
@@ -132,7 +134,7 @@ def captured_lines(
         for raw in data.splitlines():
             line = _line.decode(raw)
             if _is_chosen(line, captured):
-                yield json.dumps(_prompt_of(line, captured)).encode() + b"\n"
+                yield _prompt_line(line, captured) + b"\n"
 
 
 def _batches(
@@ -196,8 +198,17 @@ def _is_chosen(line: Line, captured: Captured) -> bool:
     return all(line.tags.get(name) == value for name, value in captured.tags.items())
 
 
+def _prompt_line(line: Line, captured: Captured) -> bytes:
+    try:
+        return json.dumps(_prompt_of(line, captured)).encode()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        # JSON of another form than ours, such as a number of 5,000 digits, passed to the teacher
+        # as it came. It is a line that is refused by its number, and never an error of the whole.
+        return json.dumps({"messages": None, "tags": line.tags}).encode()
+
+
 def _prompt_of(line: Line, captured: Captured) -> dict[str, Any]:
-    asked = _loaded(line.request)
+    asked: dict[str, Any] = msgspec.json.decode(line.request)
     found: dict[str, Any] = {"messages": asked.get("messages"), "tags": line.tags}
     if isinstance(found["messages"], list):
         found["messages"] = [_message(message) for message in found["messages"]]
@@ -206,20 +217,11 @@ def _prompt_of(line: Line, captured: Captured) -> dict[str, Any]:
     elif functions := asked.get("functions"):
         found["tools"] = [{"type": "function", "function": function} for function in functions]
     if captured.answers:
-        found["answer"] = answer = _loaded(line.answer)
+        found["answer"] = answer = msgspec.json.decode(line.answer)
         answer["choices"] = answer["choices"][:1]
         if asked.get("temperature") not in (None, 1) or asked.get("top_p") not in (None, 1):
             # They may be those after temperature and cut, which teach another distribution.
             answer["choices"][0].pop("logprobs", None)
-    return found
-
-
-def _loaded(raw: msgspec.Raw) -> dict[str, Any]:
-    """An object that was checked to be JSON when it was recorded."""
-    try:
-        found: dict[str, Any] = msgspec.json.decode(raw)
-    except msgspec.DecodeError:
-        found = json.loads(bytes(raw))  # spells what UTF-8 cannot hold; its line is refused
     return found
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import lcm
 from typing import Annotated, Literal
 
 import msgspec
@@ -22,22 +21,21 @@ from sqlalchemy import Engine, select
 from yarl import URL
 
 from services.teacher_gateway.accounts import open_account
-from services.teacher_gateway.admission import check_secret
 from services.teacher_gateway.capture.asked import Asked, Kind
 from services.teacher_gateway.capture.memory import Memory
 from services.teacher_gateway.capture.refusal import Refusal
 from services.teacher_gateway.database import Session, now, reading
 from services.teacher_gateway.egress import check_url
-from services.teacher_gateway.ledger import AccountId
-from services.teacher_gateway.models import RegisteredTeacher
+from services.teacher_gateway.ledger import AccountId, Rates
+from services.teacher_gateway.models import CapturedTotal, RegisteredTeacher
 from services.teacher_gateway.settings import TeacherGatewaySettings
-from services.teacher_gateway.teachers.endpoint import api_key
+from services.teacher_gateway.teachers.api_keys import read_api_key
 from services.teacher_gateway.terms.gate import Catalogue
 from services.teacher_gateway.timeouts import table
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.artifacts import ID_PATTERN, Id
 from stillhouse.contracts.canonical import canonical_json
-from stillhouse.contracts.spec import Limits, Price, Purpose, Teacher, Verdict
+from stillhouse.contracts.spec import Limits, Purpose, Teacher, Verdict
 
 # An account's name is the teacher's behind a prefix, and an id has 63 characters.
 MAX_NAME = 50
@@ -98,9 +96,8 @@ def account_of(tenant_id: str, teacher: str) -> AccountId:
 def judge(
     registration: Registration, catalogue: Catalogue, settings: TeacherGatewaySettings
 ) -> Verdict:
-    """Judge a registration's terms, address and key. Raises PermanentError for the latter two."""
+    """Judge a registration's address, by raising PermanentError, and its terms."""
     check_url(registration.url or "", private=settings.private_teachers)
-    check_secret(registration, settings)
     return catalogue.judge_teacher(registration, registration.purpose)
 
 
@@ -126,6 +123,18 @@ def register(session: Session, tenant_id: str, registration: Registration) -> bo
     else:
         found.registration, found.updated_at = text, at
     open_account(session, account_of(tenant_id, registration.name), registration.budget_microusd)
+    if session.get(CapturedTotal, (tenant_id, registration.name)) is None:
+        session.add(
+            CapturedTotal(
+                tenant_id=tenant_id,
+                teacher=registration.name,
+                records=0,
+                failures=0,
+                microusd=0,
+                first_at=at,
+                last_at=0.0,
+            )
+        )
     return found is None
 
 
@@ -165,10 +174,8 @@ class Served:
     model: msgspec.Raw
     urls: Mapping[Kind, URL]
     headers: CIMultiDict[str] = field(repr=False)
-    # Micro-dollars for a token are `input / unit` and `output / unit`.
-    input: int
-    output: int
-    unit: int
+    key: str | None = field(repr=False)
+    rates: Rates
     verdict_id: str
     terms: str
     concurrency: int
@@ -176,19 +183,9 @@ class Served:
     aborts: bool
     budget_microusd: int
 
-    def cost(self, prompt_tokens: int, answer_tokens: int) -> int:
-        """The cost of a call, rounded up, as `ledger.cost_microusd` counts it."""
-        return -(-(self.input * prompt_tokens + self.output * answer_tokens) // self.unit)
-
     def most(self, asked: Asked) -> int:
-        """The most that a call can cost."""
-        return self.cost(asked.most_prompt_tokens, asked.most_answer_tokens)
-
-
-def _rates(price: Price) -> tuple[int, int, int]:
-    rates = (Fraction(str(price.input)), Fraction(str(price.output)))
-    unit = lcm(*(rate.denominator for rate in rates))
-    return int(rates[0] * unit), int(rates[1] * unit), unit
+        """The most that a call can cost, in micro-USD."""
+        return self.rates.cost(asked.most_prompt_tokens, asked.most_answer_tokens)
 
 
 def serve(
@@ -201,7 +198,7 @@ def serve(
     """Make a registration ready for calls. Raises Refusal (403 or 503) that says what to do."""
     try:
         verdict = judge(registration, catalogue, settings)
-        key = api_key(registration, environ)
+        key = read_api_key(registration, settings, environ)
     except PermanentError as error:
         raise Refusal(503, "teacher_not_usable", f"{registration.name}: {error}") from error
     if verdict.outcome == "deny":
@@ -210,16 +207,14 @@ def serve(
     headers = CIMultiDict({"Content-Type": "application/json", "Accept-Encoding": "identity"})
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    rates = _rates(registration.usd_per_million)
     return Served(
         tenant_id=tenant_id,
         name=registration.name,
         model=msgspec.Raw(msgspec.json.encode(registration.model)),
         urls={"chat": URL(f"{base}/chat/completions"), "text": URL(f"{base}/completions")},
         headers=headers,
-        input=rates[0],
-        output=rates[1],
-        unit=rates[2],
+        key=key,
+        rates=Rates.of(registration.usd_per_million),
         verdict_id=verdict.id,
         terms=registration.terms,
         concurrency=registration.limits.concurrency,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import aiohttp
@@ -19,11 +20,15 @@ from services.teacher_gateway.capture.callers import Callers
 from services.teacher_gateway.capture.exchange import Answer, Cut, Exchange
 from services.teacher_gateway.capture.keeping import Keeping
 from services.teacher_gateway.capture.record import Record
-from services.teacher_gateway.capture.registrations import ServedTeachers, registered
+from services.teacher_gateway.capture.refusal import Refusal
+from services.teacher_gateway.capture.registrations import Served, ServedTeachers, registered
+from services.teacher_gateway.capture.room import Room, Share
 from services.teacher_gateway.counters import CAPTURE_OPEN, CAPTURE_SECONDS
 from services.teacher_gateway.database import reading
 from services.teacher_gateway.egress import connector
 from services.teacher_gateway.routes.parts import Gateway
+
+_BUSY_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,50 @@ class Serving:
             trust_env=False,
             skip_auto_headers=("User-Agent", "Accept"),
         )
-        self.open: Counter[tuple[str, str]] = Counter()
+        self._room = Room(settings.capture_memory_bytes)
+        self._open: Counter[tuple[str, str]] = Counter()
         self._running: set[Exchange] = set()
         self._marks: dict[Exchange, tuple[float, int]] = {}
         self._watch = asyncio.get_running_loop().create_task(self._watching())
 
+    def enter(self, served: Served, body_bytes: int) -> Share:
+        """Count a call in, before it waits for anything. Raises Refusal (429 or 503)."""
+        key = (served.tenant_id, served.name)
+        if self._open[key] >= served.concurrency:
+            raise Refusal(
+                429,
+                "too_many_calls",
+                f"{served.concurrency} calls to {served.name!r} are open: try again in a second, "
+                "or raise `limits.concurrency`",
+                retry_after=_BUSY_SECONDS,
+            )
+        share = self._room.enter(body_bytes)
+        if share is None:
+            raise Refusal(
+                503,
+                failures.MEMORY_FULL,
+                "calls in flight hold all the memory that they may: try again in a second, or "
+                "raise TEACHER_GATEWAY_CAPTURE_MEMORY_BYTES",
+                retry_after=_BUSY_SECONDS,
+            )
+        self._open[key] += 1
+        return share
+
+    def leave(self, served: Served, share: Share) -> None:
+        """Count it out."""
+        self._open[served.tenant_id, served.name] -= 1
+        share.leave()
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count an answer that is there already, as long as it is given to its client."""
+        self._room.used += size
+        try:
+            yield
+        finally:
+            self._room.used -= size
+
     def start(self, exchange: Exchange) -> asyncio.Task[Answer | None]:
-        self.open[exchange.served.tenant_id, exchange.served.name] += 1
         self._running.add(exchange)
         task = asyncio.get_running_loop().create_task(exchange.run())
         exchange.task = task
@@ -86,7 +128,7 @@ class Serving:
 
     def ended(self, exchange: Exchange, record: Record) -> None:
         """An exchange has its record: keep it, whoever still waits for its answer."""
-        self.open[exchange.served.tenant_id, exchange.served.name] -= 1
+        self.leave(exchange.served, exchange.share)
         self._running.discard(exchange)
         CAPTURE_SECONDS.observe(record.seconds)
         self.keeping.keep(record)
@@ -122,23 +164,29 @@ class Serving:
                 self._marks = {e: m for e, m in self._marks.items() if e in self._running}
 
     def _look_at(self, exchange: Exchange, clock: float) -> None:
-        """Cut what takes too long or drips, and drop a client that does not read."""
+        """Cut what takes too long or drips, and drop a client that does not read.
+
+        A teacher is not asked for the time in which a client did not read. A client has the whole
+        call's time for that; after it the answer is still recorded, without it.
+        """
         limits = self._times
         since = exchange.sending_since
-        if since is not None:
-            if clock - since > limits.client:
-                exchange.drop_client()
-            return  # as long as the client does not read, nothing is asked of the teacher
+        waited = exchange.waited + (0.0 if since is None else clock - since)
+        age = clock - exchange.started
         seconds = exchange.served.timeout_seconds
-        if clock - exchange.started > seconds:
+        stuck = since is not None and clock - since > limits.client
+        if stuck or (age > seconds and waited > limits.watch):
+            exchange.drop_client()
+        if age - waited > seconds:
             detail = f"the teacher gave no whole answer within {seconds:g} seconds"
             exchange.cut(Cut(failures.TEACHER_TIMEOUT, 504, detail))
             return
-        if exchange.first_byte is None:
+        if since is not None or exchange.first_byte is None:
             return
-        at, received = self._marks.get(exchange, (exchange.first_byte, 0))
-        if clock - at < limits.window:
-            self._marks.setdefault(exchange, (at, received))
+        begun = (exchange.first_byte - exchange.started, 0)
+        at, received = self._marks.get(exchange, begun)
+        if age - waited - at < limits.window:
+            self._marks.setdefault(exchange, begun)
             return
         if exchange.received - received < limits.window_bytes:
             detail = (
@@ -147,4 +195,4 @@ class Serving:
             )
             exchange.cut(Cut(failures.TEACHER_SLOW, 504, detail))
             return
-        self._marks[exchange] = (clock, exchange.received)
+        self._marks[exchange] = (age - waited, exchange.received)

@@ -30,6 +30,7 @@ log = logger(__name__)
 
 _LOCK = "lock"
 _SUFFIX = ".spool"
+_SET_ASIDE = ".damaged"
 # A new spool is made under this name until its lock is held, so that nobody takes it for a dead
 # one.
 _MAKING = ".making-"
@@ -152,19 +153,30 @@ class Spool:
         records: list[Record] = []
         while self._waiting:
             records.append(self._waiting.popleft())
-        if records:
+        framed: list[Record] = []
+        data: list[bytes] = []
+        for record in records:
             try:
-                self._append(b"".join(map(frame, records)))
+                data.append(frame(record))
+                framed.append(record)
+            except Exception:
+                # One that cannot be written, such as for a text that UTF-8 cannot hold, costs none
+                # of the others.
+                log.exception("a record was not written", path=str(self.path))
+                self._lost([record], SPOOL_ERROR)
+        if framed:
+            try:
+                self._append(b"".join(data))
             except OSError as error:
                 log.error("recorded traffic was not written", why=str(error), path=str(self.path))
-                self._lost(records, SPOOL_DISK)
+                self._lost(framed, SPOOL_DISK)
             except Exception:
                 # The thread must go on: without it nothing more would be recorded.
                 log.exception("recorded traffic was not written", path=str(self.path))
-                self._lost(records, SPOOL_ERROR)
+                self._lost(framed, SPOOL_ERROR)
             else:
-                CAPTURE_SPOOLED.inc(len(records))
-            self._written += _room(records)
+                CAPTURE_SPOOLED.inc(len(framed))
+        self._written += _room(records)
         old = time.monotonic() - self._opened_at >= self._segment_seconds
         if self._file is not None and (old or self._size >= _SEGMENT_BYTES):
             self._close_segment()
@@ -211,6 +223,13 @@ def segments(path: Path) -> list[Path]:
     return sorted(path.glob(f"*{_SUFFIX}"))
 
 
+def set_aside(path: Path) -> Path:
+    """Keep a segment for an operator, where nobody ships it again; return where it lies."""
+    kept = path.with_suffix(_SET_ASIDE)
+    path.rename(kept)
+    return kept
+
+
 def abandoned(folder: Path) -> Iterator[Path]:
     """Yield the spools whose process is gone, each held by us meanwhile; empty ones are removed
     when they were looked at."""
@@ -218,7 +237,11 @@ def abandoned(folder: Path) -> Iterator[Path]:
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith(_MAKING):
-            _remove_half_made(path)
+            try:
+                _remove_half_made(path)
+            except OSError as error:
+                # Another sweep was faster, or it is none of ours; it holds up no spool.
+                log.info("a half-made spool was not removed", path=str(path), why=str(error))
             continue
         if not path.is_dir() or path.is_symlink():
             continue

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 
 import msgspec
 
+from services.teacher_gateway.capture.record import Tokens
+from services.teacher_gateway.capture.room import PIECE_BYTES
+
 DONE = b"[DONE]"
+_SEAM = 3  # one byte less than the longest end of an event
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _HAS_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _IS_DONE = re.compile(rb"(?:^|[\r\n])data:[ ]?\[DONE\]")
@@ -19,8 +23,8 @@ _IS_DONE = re.compile(rb"(?:^|[\r\n])data:[ ]?\[DONE\]")
 class Usage(msgspec.Struct):
     """What the teacher bills, in its own count."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: Tokens
+    completion_tokens: Tokens
 
 
 class _WithUsage(msgspec.Struct):
@@ -36,24 +40,37 @@ class Passing:
 
     def __init__(self, *, usage_hidden: bool) -> None:
         self._hidden = usage_hidden
-        self._rest = b""
+        # The event that has not ended: its pieces, joined when it has, and its last few bytes,
+        # since the empty line that ends it may come in two pieces.
+        self._pieces: list[bytes] = []
+        self._last = b""
+        self.unfinished = 0  # bytes of memory that it takes
         self.usage: Usage | None = None
         self.done = False
 
     def feed(self, data: bytes) -> bytes:
         """Take what came; return what may go on."""
-        if self._rest:
-            data = self._rest + data
-        end = _last_end(data)
-        if end == 0:
-            self._rest = data
+        seam = len(self._last)
+        end = _last_end(self._last + data if seam else data) - seam
+        if end <= 0:
+            self._pieces.append(data)
+            self.unfinished += len(data) + PIECE_BYTES
+            self._last = (self._last + data[-_SEAM:])[-_SEAM:]
             return b""
-        self._rest = data[end:]
-        return self._passed(data[:end])
+        whole = data[:end]
+        if self._pieces:
+            whole = b"".join((*self._pieces, whole))
+            self._pieces = []
+        rest = data[end:]
+        if rest:
+            self._pieces.append(rest)
+        self._last = rest[-_SEAM:]
+        self.unfinished = len(rest)
+        return self._passed(whole)
 
     def end(self) -> bytes:
         """What is left when nothing more comes, such as an event without its empty line."""
-        rest, self._rest = self._rest, b""
+        rest, self._pieces, self._last = b"".join(self._pieces), [], b""
         return self._passed(rest) if rest else b""
 
     def _passed(self, data: bytes) -> bytes:

@@ -70,21 +70,31 @@ class Bill:
         return sum(microusd for _, microusd in self.parts.values())
 
 
-def take(engine: Engine, account: AccountId, tranche_id: str, *, need: int, wish: int) -> Taken:
-    """Reserve `wish`, or what is needed, or what is left. Raises TrancheExpired."""
+def take(
+    engine: Engine, account: AccountId, tranche_id: str, *, drawn: int, need: int, wish: int
+) -> Taken:
+    """Reserve `wish`, or what is needed, or what is left. Raises TrancheExpired.
+
+    `drawn` is what the process knows that it has. More than that is there where the answer to a
+    change before was lost: that is what it gets then, and nothing is reserved twice.
+    """
     with transaction(engine) as session:
         held = lock(session, account)
         if held is None:
             raise LookupError(f"no account {account}")
-        left = held.budget_microusd - held.spent_microusd - held.reserved_microusd
+        tranche = _locked(session, tranche_id)
+        if (tranche is None and drawn) or (tranche is not None and tranche.state != "open"):
+            raise TrancheExpired(tranche_id)
+        reserved = held.reserved_microusd
+        if tranche is not None and tranche.drawn > drawn:
+            return Taken(tranche.drawn - drawn, scarce=False, reserved=reserved)
+        left = held.budget_microusd - held.spent_microusd - reserved
         plenty = max(need, wish * _ROOM) <= left
         grant = max(need, wish) if plenty else max(min(need, left), 0)
-        reserved = held.reserved_microusd
         if grant == 0:
             return Taken(0, scarce=True, reserved=reserved)
         if not reserve(session, account, grant):
             raise AssertionError(f"{left} micro-USD are left in {account}, not {grant}")
-        tranche = _locked(session, tranche_id)
         if tranche is None:
             tranche = Tranche(
                 tranche_id=tranche_id,
@@ -92,12 +102,12 @@ def take(engine: Engine, account: AccountId, tranche_id: str, *, need: int, wish
                 account=account.name,
                 state="open",
                 microusd=0,
+                drawn=0,
                 expires_at=0.0,
             )
             session.add(tranche)
-        if tranche.state != "open":
-            raise TrancheExpired(tranche_id)
         tranche.microusd += grant
+        tranche.drawn += grant
         tranche.expires_at = now(session) + TTL_SECONDS
         return Taken(grant, scarce=not plenty, reserved=reserved)
 
@@ -122,16 +132,21 @@ def renew(engine: Engine, tranche_ids: Iterable[str]) -> set[str]:
         return wanted - set(kept)
 
 
-def give_back(engine: Engine, account: AccountId, tranche_id: str, microusd: int) -> bool:
-    """Return what is not used; False when the tranche is expired, so that it is listed already."""
+def give_back(engine: Engine, account: AccountId, tranche_id: str, *, drawn: int) -> bool:
+    """Return all that a process has beyond `drawn`, however often; False when the tranche is
+    expired, so that it is listed already, or gone."""
     with transaction(engine) as session:
         lock(session, account)
         tranche = _locked(session, tranche_id)
-        if tranche is None or tranche.state != "open":
+        if tranche is None:
+            return drawn == 0
+        if tranche.state != "open":
             return False
-        microusd = min(microusd, tranche.microusd)
-        settle(session, account, [], release=microusd)
-        tranche.microusd -= microusd
+        microusd = min(tranche.drawn - drawn, tranche.microusd)
+        if microusd > 0:
+            settle(session, account, [], release=microusd)
+            tranche.microusd -= microusd
+            tranche.drawn = drawn
         if tranche.microusd == 0:
             session.delete(tranche)
         return True
@@ -183,6 +198,9 @@ def expire(engine: Engine) -> int:
             lock(session, account)
             tranche = _locked(session, tranche_id)
             if tranche is None or tranche.state != "open" or tranche.expires_at > now(session):
+                continue
+            if tranche.microusd == 0:
+                session.delete(tranche)
                 continue
             line = Line(
                 _charge_of(tranche_id),

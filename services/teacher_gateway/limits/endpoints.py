@@ -6,18 +6,19 @@ the times along.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from sqlalchemy import Engine, delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from services.teacher_gateway.database import now, transaction
+from services.teacher_gateway.database import insert_new, now, transaction
 from services.teacher_gateway.ledger import changed
 from services.teacher_gateway.limits import rates
 from services.teacher_gateway.limits.rates import Rate
-from services.teacher_gateway.models import TeacherEndpoint, TeacherShare
+from services.teacher_gateway.models import Meter, TeacherEndpoint, TeacherShare, TeacherTenant
 from stillhouse.contracts.canonical import canonical_json, sha256_hex
 from stillhouse.contracts.spec import Limits, Teacher
 
@@ -44,28 +45,46 @@ def endpoint_of(teacher: Teacher, tenant_id: str) -> str:
     return sha256_hex(canonical_json(counted))
 
 
-def asked_again_at(row: TeacherEndpoint) -> float:
-    """When an attempt may begin: of circuit, pause and rates the last one ends."""
-    rated = max(row.requests_at, row.tokens_at) - _EARLY_SECONDS
+def asked_again_at(row: TeacherEndpoint, own: TeacherTenant | None) -> float:
+    """When an attempt of a tenant may begin: of circuit, pause and its own rates the last one ends.
+    What others take of the endpoint's rates only makes it slower."""
+    rated = 0.0 if own is None else max(own.requests_at, own.tokens_at) - _EARLY_SECONDS
     return max(row.cool_until, row.open_until, rated)
 
 
-def hold(session: Session, endpoint: str) -> tuple[TeacherEndpoint, float]:
-    """An endpoint's row, held for this transaction, and the database's time after that."""
+@dataclass(frozen=True)
+class Held:
+    """An endpoint's row, held for this transaction, and the database's time after that; it was
+    read between the two times of `read`, by time.monotonic()."""
+
+    row: TeacherEndpoint
+    clock: float
+    read: tuple[float, float]
+
+
+def hold(session: Session, endpoint: str) -> Held:
     row = session.get(TeacherEndpoint, endpoint, with_for_update=True)
     if row is None:
-        dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-        columns = TeacherEndpoint.__table__.columns
-        new = {c.name: c.default.arg for c in columns if c.default is not None}
-        statement = dialect.insert(TeacherEndpoint).values(endpoint=endpoint, **new)
-        session.execute(statement.on_conflict_do_nothing())
+        insert_new(session, TeacherEndpoint, [{"endpoint": endpoint}])
         row = session.get(TeacherEndpoint, endpoint, with_for_update=True)
         assert row is not None, "endpoints are never deleted"
+    before = time.monotonic()
     clock = now(session)
+    read = before, time.monotonic()
     if clock < row.clock:
         _go_back(session, row, row.clock - clock)
     row.clock = clock
-    return row, clock
+    return Held(row, clock, read)
+
+
+def tenant_at(session: Session, endpoint: str, tenant_id: str) -> TeacherTenant:
+    """What a tenant takes of an endpoint whose row is held."""
+    own = session.get(TeacherTenant, (endpoint, tenant_id))
+    if own is None:
+        own = TeacherTenant(endpoint=endpoint, tenant_id=tenant_id)
+        session.add(own)
+        session.flush()  # its columns have their defaults
+    return own
 
 
 def _go_back(session: Session, row: TeacherEndpoint, seconds: float) -> None:
@@ -73,6 +92,15 @@ def _go_back(session: Session, row: TeacherEndpoint, seconds: float) -> None:
     times = ("requests_at", "tokens_at", "lowered_at", "raised_at", "cool_until", "open_until")
     for name in times:
         setattr(row, name, getattr(row, name) - seconds)
+    changed(
+        session,
+        update(TeacherTenant)
+        .where(TeacherTenant.endpoint == row.endpoint)
+        .values(
+            requests_at=TeacherTenant.requests_at - seconds,
+            tokens_at=TeacherTenant.tokens_at - seconds,
+        ),
+    )
     changed(
         session,
         update(TeacherShare)
@@ -101,16 +129,70 @@ def count_call(engine: Engine, teacher: Teacher, tenant_id: str, tokens: int) ->
     if not endpoint:
         return 0.0
     with transaction(engine) as session:
-        row, clock = hold(session, endpoint)
-        pause = row.cool_until - clock
+        held = hold(session, endpoint)
+        pause = held.row.cool_until - held.clock
         if pause <= 0:
-            asking = living(session, endpoint, clock).values()
-            rates.count(row, clock, strictest([teacher.limits, *asking]), tokens)
+            named = Named.by(living(session, endpoint, held.clock).values())
+            named.add(tenant_id, teacher.limits)
+            for meter in meters(session, held, tenant_id, named):
+                rates.count(meter, held.clock, tokens)
     return max(0.0, pause)
 
 
-def strictest(named: Sequence[TeacherShare | Limits]) -> Rate:
-    """The smallest limits of those who ask now, since each names what the endpoint bears."""
-    requests = [n.requests_per_minute for n in named if n.requests_per_minute is not None]
-    tokens = [n.tokens_per_minute for n in named if n.tokens_per_minute is not None]
-    return Rate(min(requests, default=None), min(tokens, default=None))
+class Named:
+    """The limits that those who ask an endpoint now name, by their tenants.
+
+    What a spec says bounds its own tenant alone, by the smallest that it names; all together may
+    do what the one may that is allowed the most.
+    """
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, list[TeacherShare | Limits]] = {}
+
+    @classmethod
+    def by(cls, shares: Iterable[TeacherShare]) -> Named:
+        named = cls()
+        for share in shares:
+            named.add(share.tenant_id, share)
+        return named
+
+    def add(self, tenant_id: str, limits: TeacherShare | Limits) -> None:
+        self._tenants.setdefault(tenant_id, []).append(limits)
+
+    def most(self, tenant_id: str) -> int:
+        """Calls at once of a tenant; there is one limit at least."""
+        return min(_calls(limits) for limits in self._tenants[tenant_id])
+
+    def most_of_all(self) -> int:
+        """Calls at once of all together; 0 where nobody asks."""
+        return max((self.most(tenant) for tenant in self._tenants), default=0)
+
+    def rate(self, tenant_id: str) -> Rate:
+        named = self._tenants.get(tenant_id, [])
+        requests = [n.requests_per_minute for n in named if n.requests_per_minute is not None]
+        tokens = [n.tokens_per_minute for n in named if n.tokens_per_minute is not None]
+        return Rate(min(requests, default=None), min(tokens, default=None))
+
+    def rate_of_all(self) -> Rate:
+        rates_named = [self.rate(tenant) for tenant in self._tenants]
+        requests = [rate.requests_per_minute for rate in rates_named]
+        tokens = [rate.tokens_per_minute for rate in rates_named]
+        return Rate(_largest(requests), _largest(tokens))
+
+
+def meters(session: Session, held: Held, tenant_id: str, named: Named) -> list[Meter]:
+    """The meters on which a tenant's call counts, with the limits that hold now."""
+    own = tenant_at(session, held.row.endpoint, tenant_id)
+    rates.set_limits(own, named.rate(tenant_id))
+    rates.ease(held.row, held.clock, named.rate_of_all())
+    return [held.row, own]
+
+
+def _calls(limits: TeacherShare | Limits) -> int:
+    return limits.most if isinstance(limits, TeacherShare) else limits.concurrency
+
+
+def _largest(limits: Sequence[int | None]) -> int | None:
+    """None, which is no limit, is above all others."""
+    known = [limit for limit in limits if limit is not None]
+    return max(known, default=None) if len(known) == len(limits) else None

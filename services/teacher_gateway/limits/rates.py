@@ -6,6 +6,8 @@ Tokens are taken by a call's worst case; what it did not use pays for later call
 
 A permit is given at most AHEAD of its time and void LATE after it, so that a worker takes a few at
 once without spoiling the bound: a minute is counted as LATE longer than it is.
+
+A call counts on two meters: its tenant's own, and the endpoint's, which all who ask it share.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.teacher_gateway.models import TeacherEndpoint
+from services.teacher_gateway.models import Meter
 
 MINUTE = 60.0
 AHEAD = 1.0
@@ -25,14 +27,10 @@ KEPT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Rate:
-    """The limits that hold for an endpoint now; None for no limit."""
+    """The limits that hold now; None for no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-
-    @property
-    def limited(self) -> bool:
-        return self.requests_per_minute is not None or self.tokens_per_minute is not None
 
 
 @dataclass(frozen=True)
@@ -48,58 +46,88 @@ def seconds_of(amount: float, per_minute: int) -> float:
     return amount * (MINUTE + LATE) / per_minute
 
 
+def set_limits(row: Meter, rate: Rate) -> None:
+    """Let these limits hold from now on."""
+    row.requests_per_minute = rate.requests_per_minute
+    row.tokens_per_minute = rate.tokens_per_minute
+
+
+def ease(row: Meter, clock: float, rate: Rate) -> None:
+    """Let limits hold, and where they allow more than those before wait less by as much: whoever
+    named the smaller one makes nobody else wait."""
+    left = max(0.0, row.requests_at - clock)
+    row.requests_at -= left * (1 - _part(row.requests_per_minute, rate.requests_per_minute))
+    left = max(0.0, row.tokens_at - clock)
+    row.tokens_at -= left * (1 - _part(row.tokens_per_minute, rate.tokens_per_minute))
+    set_limits(row, rate)
+
+
+def _part(before: int | None, now: int | None) -> float:
+    """Of the time that is left to wait, the part that still is under other limits."""
+    if before is None or now == before:
+        return 1.0
+    return 0.0 if now is None else min(1.0, before / now)
+
+
 def take(
-    row: TeacherEndpoint, clock: float, rate: Rate, tokens: Sequence[int], most: int
+    rows: Sequence[Meter], clock: float, tokens: Sequence[int], most: int, *, delay: float = 0.0
 ) -> list[Permit]:
-    """Give permits for calls of so many tokens, in their order: those whose time comes within
-    AHEAD, `most` at most."""
+    """Give permits for calls of so many tokens, in their order, that all meters allow: those whose
+    time comes within AHEAD, `most` at most, none sooner than in `delay`."""
     permits: list[Permit] = []
+    soonest = clock + delay
     for wanted in tokens[:most]:
-        at = max(clock, next_call(row, rate))
-        if at > clock + AHEAD:
+        at = max(soonest, *(next_call(row) for row in rows))
+        if at > soonest + AHEAD:
             break
-        if rate.requests_per_minute is not None:
-            row.requests_at = at + seconds_of(1, rate.requests_per_minute)
-        if rate.tokens_per_minute is not None:
-            if at - row.tokens_at > MINUTE:
-                row.tokens_unused = 0
-            paid = min(row.tokens_unused, wanted)
-            row.tokens_unused -= paid
-            row.tokens_at = max(row.tokens_at, at)
-            row.tokens_at += seconds_of(wanted - paid, rate.tokens_per_minute)
+        for row in rows:
+            _use(row, at, wanted)
         permits.append(Permit(at, wanted))
     return permits
 
 
-def count(row: TeacherEndpoint, clock: float, rate: Rate, tokens: int) -> None:
+def _use(row: Meter, at: float, tokens: int) -> None:
+    if row.requests_per_minute is not None:
+        row.requests_at = at + seconds_of(1, row.requests_per_minute)
+    if row.tokens_per_minute is not None:
+        if at - row.tokens_at > MINUTE:
+            row.tokens_unused = 0
+        paid = min(row.tokens_unused, tokens)
+        row.tokens_unused -= paid
+        row.tokens_at = max(row.tokens_at, at)
+        row.tokens_at += seconds_of(tokens - paid, row.tokens_per_minute)
+
+
+def count(row: Meter, clock: float, tokens: int) -> None:
     """Count a call that is made now, whatever the limits say: later ones wait the longer."""
-    if rate.requests_per_minute is not None:
-        row.requests_at = max(row.requests_at, clock) + seconds_of(1, rate.requests_per_minute)
-    if rate.tokens_per_minute is not None:
-        row.tokens_at = max(row.tokens_at, clock) + seconds_of(tokens, rate.tokens_per_minute)
+    if row.requests_per_minute is not None:
+        row.requests_at = max(row.requests_at, clock) + seconds_of(1, row.requests_per_minute)
+    _count_tokens(row, clock, tokens)
 
 
-def next_call(row: TeacherEndpoint, rate: Rate) -> float:
+def _count_tokens(row: Meter, clock: float, tokens: int) -> None:
+    if row.tokens_per_minute is not None:
+        row.tokens_at = max(row.tokens_at, clock) + seconds_of(tokens, row.tokens_per_minute)
+
+
+def next_call(row: Meter) -> float:
     """When the next call may start."""
-    times = [0.0]
-    if rate.requests_per_minute is not None:
-        times.append(row.requests_at)
-    if rate.tokens_per_minute is not None:
-        times.append(row.tokens_at)
-    return max(times)
+    requests_at = 0.0 if row.requests_per_minute is None else row.requests_at
+    return max(requests_at, 0.0 if row.tokens_per_minute is None else row.tokens_at)
 
 
-def correct(row: TeacherEndpoint, clock: float, rate: Rate, unused: int) -> None:
+def correct(row: Meter, clock: float, unused: int) -> None:
     """Note how many tokens less (or more: below zero) calls used than they had taken: the next
     call comes sooner by them, and what is left pays for later ones."""
-    if rate.tokens_per_minute is None:
+    rate = row.tokens_per_minute
+    if rate is None:
         return
     if unused < 0:
-        count(row, clock, Rate(tokens_per_minute=rate.tokens_per_minute), -unused)
+        _count_tokens(row, clock, -unused)
         return
-    sooner = min(seconds_of(unused, rate.tokens_per_minute), max(0.0, row.tokens_at - clock))
+    sooner = min(seconds_of(unused, rate), max(0.0, row.tokens_at - clock))
     row.tokens_at -= sooner
     kept = row.tokens_unused + unused
-    kept -= math.ceil(sooner * rate.tokens_per_minute / (MINUTE + LATE))
-    most = int(rate.tokens_per_minute * KEPT_SECONDS / MINUTE)
+    kept -= math.ceil(sooner * rate / (MINUTE + LATE))
+    most = int(rate * KEPT_SECONDS / MINUTE)
     row.tokens_unused = min(max(kept, 0), most)

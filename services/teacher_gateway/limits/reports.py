@@ -18,6 +18,7 @@ class Report:
     wanted: int
     permits: tuple[int, ...] = ()  # the tokens of calls that could start now
     unused: int = 0  # tokens of earlier permits that were not used
+    delay: float = 0.0  # seconds after which replies come, once their clock was read
     cool: float = 0.0  # seconds that the teacher asked to be left alone, from now
     heard: bool = False
     seen: Seen = NOTHING_SEEN
@@ -33,7 +34,8 @@ class Leave:
 
 @dataclass(frozen=True)
 class Grant:
-    """What an attempt may do until its next report. All times in seconds from now."""
+    """What an attempt may do until its next report. All times in seconds from when the shared
+    clock was read: between the two times of `read`, by time.monotonic()."""
 
     calls: int  # at once
     cool: float = 0.0
@@ -41,6 +43,7 @@ class Grant:
     permits: tuple[Leave, ...] = ()
     next_permit: float = 0.0  # when there may be one again
     suspect: bool = False  # the teacher was away when it was asked last
+    read: tuple[float, float] | None = None  # None: between the report and the reply
 
 
 class Shared(Protocol):

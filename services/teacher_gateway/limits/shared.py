@@ -7,29 +7,31 @@ that holds the endpoint's row (`endpoints`).
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Engine, case, update
+from sqlalchemy import ColumnElement, Engine, case, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.counters import CIRCUIT_OPENINGS, LOWERED
 from services.teacher_gateway.database import transaction
-from services.teacher_gateway.ledger import changed
+from services.teacher_gateway.ledger import changed, lock_batches
 from services.teacher_gateway.limits import rates
 from services.teacher_gateway.limits.endpoints import (
     SHOWN_DIGITS,
+    Held,
+    Named,
     endpoint_of,
     hold,
     living,
-    strictest,
+    meters,
+    tenant_at,
 )
 from services.teacher_gateway.limits.rates import AHEAD, MINUTE
 from services.teacher_gateway.limits.reports import Grant, Leave, Report
 from services.teacher_gateway.limits.shares import Wish, fair_shares
 from services.teacher_gateway.limits.strain import adapt, calls_at_once
-from services.teacher_gateway.models import Batch, TeacherEndpoint, TeacherShare
+from services.teacher_gateway.models import Batch, Meter, TeacherEndpoint, TeacherShare
 from services.teacher_gateway.teachers.outcomes import Retry
 from services.teacher_gateway.timeouts import GatewayTimeouts
 from stillhouse.chassis.logs import logger
@@ -39,8 +41,6 @@ log = logger(__name__)
 
 # Permits are given AHEAD of their time, so nothing is lost by asking no more often.
 _POLL_SECONDS = 0.25
-# The pause of an open circuit grows to 2 ** this times the first one, or the cap.
-_MOST_DOUBLINGS = 20
 
 
 @dataclass(frozen=True)
@@ -71,58 +71,67 @@ class SharedLimits:
         self.endpoint = endpoint_of(teacher, holder.tenant_id)
 
     def exchange(self, report: Report) -> Grant:
+        holder = self._holder
         with transaction(self._engine) as session:
-            row, clock = hold(session, self.endpoint)
+            held = hold(session, self.endpoint)
+            row, clock = held.row, held.clock
             found = living(session, self.endpoint, clock)
-            mine = found.pop(self._holder.name, None)
-            if mine is not None and mine.epoch > self._holder.epoch:
-                return Grant(calls=0)  # a later attempt at this batch goes on
-            fresh = mine is None or mine.epoch < self._holder.epoch
-            mine = mine or TeacherShare(endpoint=self.endpoint, holder=self._holder.name)
+            mine = found.pop(holder.name, None)
+            if mine is not None and mine.epoch > holder.epoch:
+                return Grant(calls=0, read=held.read)  # a later attempt at this batch goes on
+            fresh = mine is None or mine.epoch < holder.epoch
+            mine = mine or TeacherShare(endpoint=self.endpoint, holder=holder.name)
             self._write_down(mine, report, clock)
-            session.add(mine)
             everyone = [*found.values(), mine]
-            self._hear(session, row, clock, everyone, report)
-            most = min(share.most for share in everyone)
-            limit = calls_at_once(row, most)
+            named = Named.by(everyone)
+            metered = self._hear(session, held, named, everyone, report)
+            limit = calls_at_once(row, named.most_of_all())
             wishes = [
-                Wish(share.holder, share.tenant_id, share.pipeline_id, share.wanted)
+                Wish(share.holder, share.tenant_id, share.pipeline_id, share.wanted, share.most)
                 for share in everyone
             ]
-            fair = fair_shares(limit, wishes, clock)[mine.holder]
-            left = max(0, limit - sum(share.calls for share in found.values()))
+            fair = fair_shares(limit, wishes, clock)
+            ours = [share for share in found.values() if share.tenant_id == holder.tenant_id]
+            left = min(
+                limit - sum(share.calls for share in found.values()),
+                named.most(holder.tenant_id) - sum(share.calls for share in ours),
+            )
             if fresh:
-                held, calls = report.running, min(fair, left)
+                holds, calls = report.running, min(fair[mine.holder], max(left, 0))
             else:
                 # It keeps what it holds until it says less, and gets what others have left.
-                held = report.holds
-                calls = min(fair, max(left, held))
-            mine.calls = max(held, calls)
-            return self._grant(row, clock, everyone, report, calls, fair / limit)
+                holds = report.holds
+                calls = min(fair[mine.holder], max(left, holds))
+            mine.calls = max(holds, calls)
+            session.add(mine)
+            all_ours = sum(fair[share.holder] for share in (mine, *ours))
+            parts = (fair[mine.holder] / limit, fair[mine.holder] / max(all_ours, 1))
+            return self._grant(held, metered, report, calls, parts)
 
     def leave(self, report: Report) -> None:
         with transaction(self._engine) as session:
-            row, clock = hold(session, self.endpoint)
-            found = living(session, self.endpoint, clock)
-            self._hear(session, row, clock, list(found.values()), report)
+            held = hold(session, self.endpoint)
+            found = living(session, self.endpoint, held.clock)
+            self._hear(session, held, Named.by(found.values()), list(found.values()), report)
             mine = found.get(self._holder.name)
             if mine is not None and mine.epoch == self._holder.epoch:
                 session.delete(mine)
 
     def away(self, why: Retry) -> None:
         """Open the circuit: nobody asks for a while, longer each time in a row."""
-        times = self._times
         with transaction(self._engine) as session:
-            row, clock = hold(session, self.endpoint)
+            held = hold(session, self.endpoint)
+            row, clock = held.row, held.clock
             asked_for = why.after or 0.0
-            if row.open_until > clock:
-                self._close_to_all(session, row, clock, clock + asked_for)
-                return
-            doublings = min(row.away, _MOST_DOUBLINGS)
-            pause = min(times.batch_backoff * 2.0**doublings, times.batch_backoff_cap)
-            pause = max(pause * random.uniform(0.8, 1.2), asked_for)  # noqa: S311 no secret
+            opens = row.open_until <= clock
+            pause = self._times.batch_pause(row.away, asked_for) if opens else asked_for
+            if clock + pause > row.open_until:
+                lock_batches(session, *self._open_batches)
+                self._stand_still(session, row, clock, clock + pause)
+                row.open_until = clock + pause
+            if not opens:
+                return  # of an attempt that was under way
             row.away += 1
-            self._close_to_all(session, row, clock, clock + pause)
         CIRCUIT_OPENINGS.inc()
         log.warning(
             "the teacher is away: nobody asks it for a while",
@@ -133,6 +142,10 @@ class SharedLimits:
             reason=why.reason,
             why=why.detail,
         )
+
+    @property
+    def _open_batches(self) -> tuple[ColumnElement[bool], ...]:
+        return Batch.endpoint == self.endpoint, Batch.state != "closed"
 
     def _write_down(self, mine: TeacherShare, report: Report, clock: float) -> None:
         holder, limits = self._holder, self._limits
@@ -148,16 +161,21 @@ class SharedLimits:
     def _hear(
         self,
         session: Session,
-        row: TeacherEndpoint,
-        clock: float,
+        held: Held,
+        named: Named,
         everyone: Sequence[TeacherShare],
         report: Report,
-    ) -> None:
-        """Take note of what calls came to."""
-        rates.correct(row, clock, strictest(everyone), report.unused)
-        most = min((share.most for share in everyone), default=self._limits.concurrency)
+    ) -> list[Meter]:
+        """Take note of what calls came to; return the meters on which they count."""
+        row, clock = held.row, held.clock
+        tenant_id = self._holder.tenant_id
+        metered = meters(session, held, tenant_id, named)
+        for meter in metered:
+            rates.correct(meter, clock, report.unused)
+        most = named.most_of_all() or self._limits.concurrency
         used = sum(share.running for share in everyone)
-        strain = adapt(row, clock, most, report.seen, used)
+        usual = tenant_at(session, self.endpoint, tenant_id)
+        strain = adapt(row, usual, clock, most, report.seen, used)
         if strain is not None:
             LOWERED.labels(strain).inc()
             log.info(
@@ -167,46 +185,54 @@ class SharedLimits:
                 calls=calls_at_once(row, most),
                 reason=strain,
             )
-        if report.cool > 0 and clock + report.cool > row.cool_until:
+        pauses = report.cool > 0 and clock + report.cool > row.cool_until
+        back = report.heard and row.away > 0
+        if pauses or back:
+            lock_batches(session, *self._open_batches)
+        if pauses:
             self._stand_still(session, row, clock, clock + report.cool)
             row.cool_until = clock + report.cool
-        if report.heard and row.away:
+        if back:
             self._open_to_all(session, row, clock)
+        return metered
 
     def _grant(
         self,
-        row: TeacherEndpoint,
-        clock: float,
-        everyone: Sequence[TeacherShare],
+        held: Held,
+        metered: Sequence[Meter],
         report: Report,
         calls: int,
-        part: float,
+        parts: Sequence[float],
     ) -> Grant:
-        rate, permits, after = strictest(everyone), [], 0.0
+        row, clock = held.row, held.clock
+        permits, after = [], 0.0
         cool = max(0.0, row.cool_until - clock)
         if report.permits and not cool:
-            most = len(report.permits)
-            if rate.requests_per_minute is not None:
-                # What comes in a second, in the same parts as the calls at once.
-                most = max(1, math.ceil(rate.requests_per_minute / MINUTE * AHEAD * part))
-            permits = rates.take(row, clock, rate, report.permits, most)
+            # What comes in a second, in the same parts as the calls at once.
+            mosts = [
+                max(1, math.ceil(meter.requests_per_minute / MINUTE * AHEAD * part))
+                for meter, part in zip(metered, parts, strict=True)
+                if meter.requests_per_minute is not None
+            ]
+            most = min([len(report.permits), *mosts])
+            # A reply that takes long brings permits for later: those for now would be void.
+            delay = min(report.delay, self._times.lease_ttl / 2)
+            permits = rates.take(metered, clock, report.permits, most, delay=delay)
             if not permits:
-                after = max(_POLL_SECONDS, rates.next_call(row, rate) - AHEAD - clock)
+                soonest = max(rates.next_call(meter) for meter in metered)
+                after = max(_POLL_SECONDS, soonest - AHEAD - clock - delay)
         return Grant(
             calls=calls,
             cool=cool,
-            limited=rate.limited,
+            limited=any(
+                meter.requests_per_minute is not None or meter.tokens_per_minute is not None
+                for meter in metered
+            ),
             permits=tuple(Leave(permit.at - clock, permit.tokens) for permit in permits),
             next_permit=after,
             suspect=row.away > 0,
+            read=held.read,
         )
-
-    def _close_to_all(
-        self, session: Session, row: TeacherEndpoint, clock: float, until: float
-    ) -> None:
-        if until > row.open_until:
-            self._stand_still(session, row, clock, until)
-            row.open_until = until
 
     def _open_to_all(self, session: Session, row: TeacherEndpoint, clock: float) -> None:
         """Close the circuit: batches that wait for the teacher are due."""

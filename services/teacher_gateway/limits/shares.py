@@ -22,17 +22,23 @@ class Wish:
     tenant_id: str
     pipeline_id: str
     calls: int
+    most: int | None = None  # what its spec allows all of its tenant; None for no bound
 
 
 def fair_shares(total: int, wishes: Iterable[Wish], clock: float) -> dict[str, int]:
     """Divide calls at once among holders; by the holder's name."""
     tenants: dict[str, dict[str, dict[str, int]]] = {}
+    of_tenants: dict[str, int] = {}
+    bounds: dict[str, int] = {}
     for wish in wishes:
         pipelines = tenants.setdefault(wish.tenant_id, {})
         pipelines.setdefault(wish.pipeline_id, {})[wish.holder] = wish.calls
+        of_tenants[wish.tenant_id] = of_tenants.get(wish.tenant_id, 0) + wish.calls
+        if wish.most is not None:
+            bounds[wish.tenant_id] = min(bounds.get(wish.tenant_id, wish.most), wish.most)
+    of_tenants |= {name: min(of_tenants[name], most) for name, most in bounds.items()}
     shares: dict[str, int] = {}
     turn = int(clock // TURN_SECONDS)
-    of_tenants = {tenant: _sum(pipelines) for tenant, pipelines in tenants.items()}
     for tenant, calls in divide(total, of_tenants, turn).items():
         # Another digit of the turn at each level: the same one would always meet the same ones.
         later = turn // len(tenants)
@@ -58,7 +64,3 @@ def divide(total: int, wanted: Mapping[str, int], turn: int) -> dict[str, int]:
         total -= (each or 1) * len(lucky)
         hungry = [name for name in hungry if given[name] < wanted[name]]
     return given
-
-
-def _sum(pipelines: Mapping[str, Mapping[str, int]]) -> int:
-    return sum(sum(holders.values()) for holders in pipelines.values())

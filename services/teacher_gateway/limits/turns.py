@@ -1,8 +1,9 @@
 """One attempt's turns at its teacher: a call starts when its share, its rate and its pause allow.
 
 What is shared with others (`shared`) is asked for about once a second, and never for each
-call: a share of the calls at once, and permits for as many calls as may start within a second. In
-between an attempt keeps to what it was told. Its share shrinks by its own word alone: it is told
+call: a share of the calls at once, and permits for as many calls as may start within a second; at
+first, and whenever its share changed, more often, so that shares settle soon. In between an attempt
+keeps to what it was told. Its share shrinks by its own word alone: it is told
 to make fewer calls, and only once it says that it does may others make more.
 
 All here is by this process's monotonic clock; what others gave is in seconds from their reply.
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import median
 from types import TracebackType
 from typing import Self
 
@@ -22,17 +24,18 @@ from services.teacher_gateway import reasons
 from services.teacher_gateway.counters import COOL_DOWNS, TURN_WAITS
 from services.teacher_gateway.limits.rates import LATE
 from services.teacher_gateway.limits.reports import Grant, Report, Shared
-from services.teacher_gateway.limits.strain import TOKENS_AROUND, Seen
+from services.teacher_gateway.limits.strain import SAMPLE, TOKENS_AROUND, Seen, proves
 from services.teacher_gateway.teachers.outcomes import Answered, Outcome, Reject, Retry
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.chassis.logs import logger
 
 log = logger(__name__)
 
-# Answers whose mean pace says something.
-_PACED = 8
 # Soon after news, and not at once for each: calls that fail do so together.
 _TOGETHER_SECONDS = 0.05
+# How often others are asked while shares move, and at the least while there is none.
+_MOVING_SECONDS = 0.05
+_WITHOUT_SECONDS = 0.25
 
 
 @dataclass
@@ -89,6 +92,8 @@ class Turns:
         self._shared = shared
         self._ttl = ttl
         self._every = min(1.0, ttl / 4)
+        self._next_talk = min(_MOVING_SECONDS, self._every)  # seconds from the last one
+        self._delay = 0.0  # after which replies come, once the others' clock was read
         self._calls = 0 if shared else most
         self._held_until = float("-inf") if shared else float("inf")
         self._cool_until = 0.0
@@ -142,6 +147,12 @@ class Turns:
         self._cool_until = max(self._cool_until, time.monotonic() + seconds)
         self._changed.set()
 
+    def want_less(self) -> None:
+        """There is one call at once less to make; what is held beyond is told, for others."""
+        self.wanted -= 1
+        if self._shared and self.wanted < self._calls:
+            self._told.set()
+
     def stop(self) -> None:
         """Give nobody a turn any more."""
         self._stopped = True
@@ -193,15 +204,16 @@ class Turns:
             news.paces.append((now - turn.began) / tokens)
             news.oldest_paced = min(news.oldest_paced, turn.began)
         if isinstance(outcome, Retry) and outcome.away:
-            news.failed += 1
-            news.youngest_strained = max(news.youngest_strained, turn.began)
+            if proves(outcome):
+                news.failed += 1
+                news.youngest_strained = max(news.youngest_strained, turn.began)
+                self._told.set()
             if outcome.reason == reasons.TEACHER_RATE_LIMITED:
                 news.rate_limited += 1
             if outcome.after:
                 COOL_DOWNS.inc()
                 self.pause(outcome.after)
                 news.cool_until = max(news.cool_until, now + outcome.after)
-            self._told.set()
 
     def _start(self) -> Turn:
         taken = self._permits.popleft().tokens if self._limited else 0
@@ -239,7 +251,7 @@ class Turns:
         try:
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._told.wait(), self._every)
+                    await asyncio.wait_for(self._told.wait(), self._next_talk)
                     await asyncio.sleep(_TOGETHER_SECONDS)
                 if self._ended:
                     return
@@ -260,7 +272,7 @@ class Turns:
         async with self._talking:
             report, sent = self._report(), time.monotonic()
             told, self._news, self._peak = self._news, _News(), self._running
-            if len(told.paces) < _PACED:
+            if len(told.paces) < SAMPLE:
                 self._news.paces, told.paces = told.paces, []
                 self._news.oldest_paced = told.oldest_paced
             try:
@@ -274,19 +286,22 @@ class Turns:
 
     def _report(self) -> Report:
         now, news = time.monotonic(), self._news
+        # One at least: the question whether anybody is there comes after the items.
+        wanted = max(self.wanted, self._running, 1)
+        self._calls = min(self._calls, wanted)
         permits: tuple[int, ...] = ()
         free = self._calls - self._running
         if self._limited and not self._permits and self._cool_until <= now:
             permits = tuple(waiting.tokens for waiting in self._waiting)[: max(free, 0)]
-        paced = len(news.paces) >= _PACED
+        paced = len(news.paces) >= SAMPLE
         return Report(
             running=self._running,
             holds=max(self._running, self._calls),
             peak=max(self._peak, self._running),
-            # One at least: the question whether anybody is there comes after the items.
-            wanted=max(self.wanted, self._running, 1),
+            wanted=wanted,
             permits=permits,
             unused=news.unused,
+            delay=self._delay,
             cool=max(0.0, news.cool_until - now),
             heard=news.heard,
             seen=Seen(
@@ -294,7 +309,7 @@ class Turns:
                 rate_limited=news.rate_limited,
                 failed=news.failed,
                 youngest_strained=now - news.youngest_strained if news.failed else 0.0,
-                pace=sum(news.paces) / len(news.paces) if paced else None,
+                pace=median(news.paces) if paced else None,
                 oldest_paced=now - news.oldest_paced if paced else 0.0,
             ),
         )
@@ -314,16 +329,22 @@ class Turns:
         self._peak = max(self._peak, peak)
 
     def _apply(self, grant: Grant, sent: float) -> None:
-        """Do as told. No earlier than `now`, when the reply came, may a permit be used, and it is
-        void by `sent`: the other clock was read between the two."""
+        """Do as told. The others' clock was read between two times of this one: all holds from the
+        later one on, and is void by the earlier one. That they are near each other, and that what
+        comes late is asked for later, keeps slow replies from voiding all permits."""
         now = time.monotonic()
+        earliest, latest = grant.read or (sent, now)
+        self._delay = max(now - latest, self._delay / 2)
+        moved = grant.calls != self._calls
         self._calls = grant.calls
-        self._held_until = sent + self._ttl - self._every
+        self._held_until = earliest + self._ttl - self._every
+        longest = self._every if self._calls else min(_WITHOUT_SECONDS, self._every)
+        self._next_talk = min(_MOVING_SECONDS if moved else 2 * self._next_talk, longest)
         if grant.cool > 0:
-            self._cool_until = max(self._cool_until, now + grant.cool)
+            self._cool_until = max(self._cool_until, latest + grant.cool)
         self._limited, self.suspect = grant.limited, grant.suspect
         self._permits.extend(
-            _Permit(now + given.after, sent + given.after + LATE, given.tokens)
+            _Permit(latest + given.after, earliest + given.after + LATE, given.tokens)
             for given in grant.permits
         )
         self._next_permit = now + grant.next_permit

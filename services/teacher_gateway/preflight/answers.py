@@ -88,6 +88,12 @@ def ended_by_itself(body: str) -> bool:
     return completion.choices[0].finish_reason != "length"
 
 
+def length_of(body: str, chat: ChatTokenizer) -> int:
+    """The tokens of an answer's text, where nobody counted them."""
+    text = msgspec.json.decode(body, type=_AnsweredCompletion).choices[0].message.get("content")
+    return len(chat.encode_text(text)) if isinstance(text, str) else 0
+
+
 def ids_match(body: str, chat: ChatTokenizer) -> bool | None:
     """Whether an answer's token ids decode to its text; None where it has no ids, or is no plain
     text (a call of a tool, reasoning apart from the answer)."""
@@ -105,6 +111,15 @@ def ids_match(body: str, chat: ChatTokenizer) -> bool | None:
     if not all(0 <= i < chat.vocabulary for i in known):
         return False
     return chat.decode(known).rstrip(_REPLACEMENT).strip() == text.rstrip(_REPLACEMENT).strip()
+
+
+def lists_characters(body: str) -> bool:
+    """Whether the bytes of the listed tokens are the answer's text, whatever their ids decode to:
+    llama.cpp lists a character of several tokens once, with the id of the last."""
+    text = msgspec.json.decode(body, type=_AnsweredCompletion).choices[0].message.get("content")
+    listed = b"".join(bytes(position.bytes or ()) for position in positions_of(body))
+    said = listed.decode(errors="replace").strip()
+    return isinstance(text, str) and said.startswith(text.rstrip(_REPLACEMENT).strip())
 
 
 def _is_control(token: int, chat: ChatTokenizer) -> bool:

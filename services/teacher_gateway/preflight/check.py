@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
@@ -28,14 +27,7 @@ from services.teacher_gateway.preflight.views import Finding, Preflight
 from services.teacher_gateway.problems import FieldError, ProblemError
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from stillhouse.chassis.crash import crash_point
-from stillhouse.chassis.errors import RetryableError
 from stillhouse.contracts.spec import Spec
-
-_running = threading.BoundedSemaphore(4)
-
-
-class PreflightsBusy(RetryableError):
-    """Too many teachers are being asked for checks at once."""
 
 
 def preflight(
@@ -52,18 +44,13 @@ def preflight(
         for number in range(len(spec.teachers))
     ]
     questions = [q for interview in interviews for q in interview.questions.values()]
-    if not _running.acquire(timeout=20):
-        raise PreflightsBusy("several checks are asking teachers already")
+    account = _book(engine, tenant_id, settings, questions)
+    calls = PaidCalls(engine, account, questions)
+    crash_point("check_booked")
     try:
-        account = _book(engine, tenant_id, settings, questions)
-        calls = PaidCalls(engine, account, questions)
-        crash_point("check_booked")
-        try:
-            heard = asyncio.run(_hold_all(interviews, calls))
-        finally:
-            calls.close()
+        heard = asyncio.run(_hold_all(interviews, calls))
     finally:
-        _running.release()
+        calls.close()
     return sum_up(spec, survey, heard, account.name), calls.spent_microusd
 
 

@@ -43,16 +43,16 @@ class Findings:
         self.add(topic, value, "unfit", field=why.field, message=why.detail, reason=why.reason)
 
 
-def plain(estimate: Estimate, form: str) -> str:
-    """A figure with its interval, for people."""
+def plain(estimate: Estimate, form: str, of: str) -> str:
+    """A figure of something with its interval, for people."""
     said = format(estimate.value, form)
     if estimate.low is None or estimate.high is None:
-        return f"about {said} (one answer)"
-    return f"{said} ({estimate.low:{form}} to {estimate.high:{form}}, n {estimate.n})"
+        return f"about {said} {of} (one answer)"
+    return f"{said} {of} ({estimate.low:{form}} to {estimate.high:{form}}, n {estimate.n})"
 
 
-def percent(estimate: Estimate) -> str:
-    found = f"{100 * estimate.value:.0f} %"
+def percent(estimate: Estimate, of: str) -> str:
+    found = f"{100 * estimate.value:.0f} % {of}"
     if estimate.low is None or estimate.high is None:
         return found
     return f"{found} ({100 * estimate.low:.0f} to {100 * estimate.high:.0f} %, n {estimate.n})"

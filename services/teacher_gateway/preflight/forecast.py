@@ -72,17 +72,16 @@ def _share(survey: Survey, teacher: Teacher) -> Share:
 
 
 def _teacher(one: Heard, share: Share, spec: Spec) -> TeacherPreflight:
-    tokens = estimates.mean(
-        [answer.completion_tokens for answer in one.answers], most=spec.signal.max_tokens
-    )
-    seconds = estimates.mean([answer.seconds for answer in one.answers])
+    most = math.inf if one.teacher.answers else spec.signal.max_tokens
+    tokens = estimates.mean([answer.completion_tokens for answer in one.answers], most=most)
+    seconds = estimates.mean([a.seconds for a in one.answers if a.seconds is not None])
     price = one.teacher.usd_per_million
-    signal = one.found.signal if one.found is not None else None
+    signal = one.found.signal if one.found is not None else one.known
     return TeacherPreflight(
         name=one.teacher.name,
         calls=one.calls,
         answered=len(one.answers),
-        signal=None if signal is None else "topk" if signal.kind == "topk" else "text",
+        signal=None if signal is None or signal.kind == "auto" else signal.kind,
         k=signal.k if signal is not None and signal.kind == "topk" else None,
         raw_logprobs=_raw(one),
         disagreement_nats=one.disagreement,

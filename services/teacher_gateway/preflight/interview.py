@@ -4,6 +4,9 @@ First the probe's question, to find the signal; then the same again, at once and
 settings, to find out whether replicas agree and whether log-probabilities are the model's own;
 then some of the spec's own prompts, as a pipeline would ask them. All within the limits that
 pipelines keep to, which ask the same endpoint meanwhile.
+
+Answers that are given along are read instead, and local weights, which answer in a worker, are not
+asked at all.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Collection, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -18,7 +22,7 @@ from sqlalchemy import Engine
 
 from services.teacher_gateway import reasons
 from services.teacher_gateway.admission import Sample, Survey
-from services.teacher_gateway.auto_signal import QUESTION_SECONDS
+from services.teacher_gateway.auto_signal import QUESTION_SECONDS, without_asking
 from services.teacher_gateway.depths import COMMON_DEPTHS, Found, depths, find_depth
 from services.teacher_gateway.fitness import Unfit, did_not_answer, judge
 from services.teacher_gateway.limits.shared import Holder, SharedLimits
@@ -37,8 +41,11 @@ from services.teacher_gateway.preflight.answers import (
     first_list,
     ids_match,
     largest_change,
+    length_of,
+    lists_characters,
 )
 from services.teacher_gateway.preflight.heard import Heard, HeardAnswer
+from services.teacher_gateway.prompts.lines import answer_of
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
@@ -57,7 +64,7 @@ from stillhouse.contracts.spec import Signal, Spec, Teacher
 SAMPLED_PROMPTS = 8
 # No question is begun later than this, so that a check ends.
 ASKING_SECONDS = 120.0
-_AGAIN = ("again-1", "again-2", "again-3")
+AGAIN = ("again-1", "again-2", "again-3")
 _CHANGED = ("temperature", "top_p")
 
 
@@ -97,9 +104,11 @@ class Interview:
             holder = Holder(tenant_id, f"check-{check}", number, 0)
             self._shared = SharedLimits(engine, self._times, self._teacher, holder)
         elif teacher.weights is not None:
-            self._heard.skipped = "a check asks endpoints; local weights answer in a worker"
-        else:
-            self._heard.skipped = "its answers are given along"
+            self._heard.skipped = (
+                "weights answer in a worker, not in a check: how their answers end and how long "
+                "they take is seen once the pipeline runs"
+            )
+            self._heard.known = self._known(survey.tokenizer.text_only)
 
     def _prepare(self, teacher: Teacher) -> None:
         probe = Call(PROBE_MESSAGES, self._prefix)
@@ -107,7 +116,7 @@ class Interview:
         if self._scores:
             calls |= {f"topk-{depth}": probe for depth in depths(self._wanted.k)}
             if self._spec.signal.kind != "text":
-                calls |= dict.fromkeys(_AGAIN, probe)
+                calls |= dict.fromkeys(AGAIN, probe)
                 calls["temperature"] = replace(probe, temperature=0.5)
                 calls["top_p"] = replace(probe, top_p=0.5)
         for name, call in calls.items():
@@ -119,11 +128,21 @@ class Interview:
             call = Call(sample.line.messages, charge_id, sample.line.tools)
             self.questions[name] = make_question(charge_id, teacher, call, self._chat, most)
 
+    def _known(self, text_only: Collection[str]) -> Signal:
+        """What weights give."""
+        if self._teacher.name in text_only:
+            return self._text
+        automatic = without_asking(self._spec, self._teacher, text_only)
+        return automatic if self._spec.signal.kind == "auto" and automatic else self._spec.signal
+
     async def hold(self, calls: PaidCalls, stack: AsyncExitStack) -> Heard:
         """Ask what can be asked; stop where an answer shows that the teacher is unfit."""
-        if not self.questions:
-            return self._heard
         self._calls, self._stack = calls, stack
+        if self._heard.skipped:
+            return self._heard
+        if self._teacher.answers is not None:
+            await self._read_given()
+            return self._heard
         self._latest = time.monotonic() + ASKING_SECONDS
         most = min(self._teacher.limits.concurrency, SAMPLED_PROMPTS)
         turns = Turns(
@@ -176,7 +195,7 @@ class Interview:
         assert isinstance(found.outcome, Answered), "its log-probabilities were judged"
         k, again = found.signal.k, []
         base = first_list(found.outcome.body, k)
-        names = (*_AGAIN, *_CHANGED)
+        names = (*AGAIN, *_CHANGED)
         outcomes = await asyncio.gather(*(self._ask(name, found.signal) for name in names))
         for name, outcome in zip(names, outcomes, strict=True):
             if not isinstance(outcome, Answered):
@@ -187,12 +206,45 @@ class Interview:
             except ValueError as error:
                 self._heard.unanswered[name] = str(error)
                 continue
-            if name in _AGAIN:
+            if name in AGAIN:
                 again.append(listed)
             else:
                 self._heard.changes[name] = largest_change(base, listed)
         if again:
             self._heard.disagreement = disagreement([base, *again])
+
+    async def _read_given(self) -> None:
+        """Judge the answers that some prompts carry; nobody is asked, and nothing is paid."""
+        heard, scored = self._heard, self._spec.signal.kind == "topk"
+        signal = self._wanted if scored else self._text
+        if not self._samples:
+            heard.skipped = "none of its prompts can be rendered"
+            return
+        client = await self._client(signal)
+        outcomes = [await client.ask(call, deadline=self._times.call) for call in self._given()]
+        judged = [self._unfit_given(outcome, signal) for outcome in outcomes]
+        unfit = [one for one in judged if one is not None]
+        heard.found = Found(signal, outcomes[0], unfit[0] if unfit else None)
+        if len(unfit) == len(judged):
+            heard.unfit = unfit[0]
+            return
+        heard.unusable = len(unfit)
+        for sample, outcome, why in zip(self._samples, outcomes, judged, strict=True):
+            self._note(sample, outcome, scored=scored and why is None)
+
+    def _given(self) -> Iterator[Call]:
+        for number, sample in enumerate(self._samples, 1):
+            name, line = f"{self._prefix}:prompt-{number}", sample.line
+            yield Call(line.messages, name, line.tools, given=answer_of(line))
+
+    def _unfit_given(self, outcome: Outcome, signal: Signal) -> Unfit | None:
+        if isinstance(outcome, Reject) and outcome.reason != reasons.MISSING_LOGPROBS:
+            said = f"an answer given along cannot be used: {outcome.detail}"
+            return Unfit(outcome.reason, said, "prompts")
+        # Whether the prompt was another one is a finding of its own.
+        counted = outcome.usage.prompt_tokens if isinstance(outcome, Answered) else 0
+        place = self._heard.place
+        return judge(outcome, self._teacher, signal, self._chat, counted, field=place)
 
     async def _ask_samples(self, signal: Signal) -> None:
         client, scored = await self._client(signal), signal.kind == "topk"
@@ -211,16 +263,24 @@ class Interview:
             self._heard.unasked += 1
             return
         outcome, seconds = asked
+        self._note(sample, outcome, scored=scored, seconds=seconds)
+
+    def _note(
+        self, sample: Sample, outcome: Outcome, *, scored: bool, seconds: float | None = None
+    ) -> None:
         if not isinstance(outcome, Answered):
             self._heard.failures.append(f"{outcome.reason}: {outcome.detail}")
             return
+        usage = outcome.usage  # answers given along may have none
+        match = ids_match(outcome.body, self._chat) if scored else None
         self._heard.answers.append(
             HeardAnswer(
-                prompt_tokens=outcome.usage.prompt_tokens,
+                prompt_tokens=usage.prompt_tokens or None,
                 rendered_tokens=sample.tokens,
-                completion_tokens=outcome.usage.completion_tokens,
+                completion_tokens=usage.completion_tokens or length_of(outcome.body, self._chat),
                 ended=ended_by_itself(outcome.body),
-                ids_match=ids_match(outcome.body, self._chat) if scored else None,
+                ids_match=match,
+                ids_missing=match is False and lists_characters(outcome.body),
                 seconds=seconds,
             )
         )

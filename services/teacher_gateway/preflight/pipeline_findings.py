@@ -23,7 +23,7 @@ class PipelineFindings(Findings):
         self._signals()
         self._cost()
         if (seconds := self._figures.seconds) is not None:
-            self.add("time", f"{plain(seconds, '.0f')} s of asking, at the speed seen")
+            self.add("time", plain(seconds, ".0f", "s of asking, at the speed seen"))
         self._steps()
         return self._found
 
@@ -48,8 +48,10 @@ class PipelineFindings(Findings):
     def _cost(self) -> None:
         cost, budget = self._figures.cost_usd, self._spec.budget.teacher_usd
         if cost is None:
+            if all(one.teacher.answers and not one.teacher.weights for one in self._heard):
+                self.add("cost", "nothing: the answers are given along")
             return
-        value = f"{plain(cost, '.3g')} USD for all answers, of {budget:g}"
+        value = f"{plain(cost, '.3g', 'USD for all answers')}; the budget is {budget:g} USD"
         if cost.value > budget:
             self.add(
                 "cost",
@@ -76,7 +78,7 @@ class PipelineFindings(Findings):
         steps, training = self._figures.training_steps, self._spec.training
         if steps is None:
             return
-        value = f"{plain(steps, '.3g')} steps of {training.tokens_per_step} tokens"
+        value = plain(steps, ".3g", f"steps of {training.tokens_per_step} tokens")
         if steps.value < max(training.warmup_steps, 1):
             self.add(
                 "training",

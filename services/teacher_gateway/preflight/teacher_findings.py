@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from services.teacher_gateway.admission import Survey
-from services.teacher_gateway.fitness import other_tokenizer
+from services.teacher_gateway.fitness import TEXT_INSTEAD, Unfit, other_tokenizer
 from services.teacher_gateway.preflight.findings import Findings, percent, plain
 from services.teacher_gateway.preflight.forecast import UNCHANGED_NATS
 from services.teacher_gateway.preflight.heard import Heard
+from services.teacher_gateway.preflight.interview import AGAIN
 from services.teacher_gateway.preflight.views import Finding, TeacherPreflight
 from services.teacher_gateway.teachers.outcomes import Answered, Reject
 from stillhouse.contracts.spec import Signal, Spec
@@ -16,6 +17,22 @@ from stillhouse.contracts.spec import Signal, Spec
 # differ by more, a student would learn their noise.
 AGREED_NATS = 0.01
 FEWEST_ENDED = 0.8
+
+
+def _named(signal: Signal) -> str:
+    if signal.kind == "topk":
+        return f"topk, {signal.k} log-probabilities a token"
+    return f"counts, {signal.draws} draws a token" if signal.kind == "counts" else "text"
+
+
+def _tokens_missing(name: str, place: str) -> Unfit:
+    return Unfit(
+        "tokens_missing",
+        f"teacher {name!r} lists a character of several tokens once, with the id of the last one, "
+        "so that no row of such answers keeps its log-probabilities: use a server that lists every "
+        f"token (vLLM), or local `weights`; or {TEXT_INSTEAD}",
+        place,
+    )
 
 
 class TeacherFindings(Findings):
@@ -30,6 +47,7 @@ class TeacherFindings(Findings):
         one = self._one
         if one.skipped:
             self.add("answers", "not asked", "unknown", message=one.skipped)
+            self._known()
         elif one.found is None or not isinstance(one.found.outcome, Answered | Reject):
             assert one.unfit is not None, "whoever does not answer is unfit"
             self.refuse("answers", "none", one.unfit)
@@ -42,10 +60,17 @@ class TeacherFindings(Findings):
         return self._found
 
     def _signal(self, signal: Signal) -> None:
-        one, value = self._one, "text"
-        if signal.kind == "topk":
-            value = f"topk, {signal.k} log-probabilities"
-        if one.unfit is not None:
+        one, value = self._one, _named(signal)
+        if one.unusable and one.found and one.found.unfit:
+            self.add(
+                "signal",
+                value,
+                "warning",
+                message=f"{one.unusable} of {one.unusable + len(one.answers)} answers given along "
+                f"do not carry it ({one.found.unfit.detail}): they are rejected, or become rows "
+                "of text",
+            )
+        elif one.unfit is not None:
             self.refuse("signal", value, one.unfit)
         elif self._spec.signal.kind == "text" and signal.kind == "topk":
             self.add("signal", f"text; it would also give {value}")
@@ -54,14 +79,23 @@ class TeacherFindings(Findings):
         else:
             self.add("signal", value)
 
+    def _known(self) -> None:
+        """What is known of weights without asking them."""
+        if (signal := self._one.known) is None:
+            return
+        self.add("signal", f"{_named(signal)}, computed from the weights")
+        if signal.kind != "text":
+            self.add("raw_logprobs", "yes: the model's own")
+
     def _agreement(self) -> None:
         nats = self._one.disagreement
         if nats is None:
-            if why := self._one.unanswered.get("again-1"):
+            if why := self._one.unanswered.get(AGAIN[0]):
                 message = f"teacher {self._name!r} did not answer the same again ({why})"
                 self.add("agreement", "not known", "warning", message=message)
             return
-        value = f"{nats:.4f} nats apart, asked at once"
+        times = 1 + len(AGAIN) - sum(name in self._one.unanswered for name in AGAIN)
+        value = f"the first token {nats:.4f} nats apart, asked the same {times} times at once"
         if nats <= AGREED_NATS:
             self.add("agreement", value)
             return
@@ -79,6 +113,14 @@ class TeacherFindings(Findings):
 
     def _raw(self) -> None:
         one = self._one
+        if one.teacher.answers and self._spec.signal.kind == "topk" and one.unfit is None:
+            self.add(
+                "raw_logprobs",
+                "not known",
+                "unknown",
+                message=f"nobody is asked for the answers of {self._name!r}: their "
+                "log-probabilities must be the model's own, before temperature and top_p",
+            )
         if not one.changes and not one.unanswered:
             return
         moved = [name for name, change in one.changes.items() if change > UNCHANGED_NATS]
@@ -86,7 +128,7 @@ class TeacherFindings(Findings):
         if moved:
             self.add(
                 "raw_logprobs",
-                f"they follow {' and '.join(moved)}",
+                f"no: they follow {' and '.join(moved)}",
                 "warning",
                 field=one.place,
                 message=f"teacher {self._name!r} gives log-probabilities after its sampling "
@@ -105,7 +147,10 @@ class TeacherFindings(Findings):
                 "are the model's own",
             )
         else:
-            self.add("raw_logprobs", "the same at temperature 0.5 and at top_p 0.5")
+            self.add(
+                "raw_logprobs",
+                "yes: the first token's are the same at temperature 0.5 and at top_p 0.5",
+            )
 
     def _answers(self) -> None:
         one = self._one
@@ -115,7 +160,8 @@ class TeacherFindings(Findings):
                 message = "the limits of the spec, or others who ask it, left no turn in time"
                 self.add("answers", "no prompt was asked", "warning", message=message)
             return
-        value = f"{len(one.answers)} of {asked} prompts"
+        done = "with a usable answer" if one.teacher.answers else "answered"
+        value = f"{len(one.answers)} of {asked} prompts {done}"
         if not one.answers:
             self.add(
                 "answers",
@@ -128,12 +174,13 @@ class TeacherFindings(Findings):
             )
             return
         if one.failures:
+            then = "is rejected" if one.teacher.answers else "is tried again, and then rejected"
             self.add(
                 "answers",
                 value,
                 "warning",
-                message=f"some prompts had no answer ({one.failures[0]}); in a pipeline each is "
-                "tried again, and then rejected",
+                message=f"some prompts had no answer ({one.failures[0]}); in a pipeline each "
+                f"{then}",
             )
         else:
             self.add("answers", value)
@@ -142,14 +189,19 @@ class TeacherFindings(Findings):
         self._ends()
 
     def _tokenizer(self) -> None:
-        one, of = self._one, len(self._one.answers)
-        value = f"{of - one.mismatched} of {of} prompts have as many tokens as in our rendering"
+        one, of = self._one, len(self._one.counted)
+        if not of:
+            return
+        value = (
+            f"{of - one.mismatched} of {of} prompts have as many tokens as our tokenizer and chat "
+            "template make"
+        )
         if not one.mismatched:
             self.add("tokenizer", value)
         elif one.found is None or one.found.signal.kind != "topk" or self._is_text:
             self.add("tokenizer", value, message="text may come from another tokenizer")
         elif 2 * one.mismatched > of:
-            first = next(a for a in one.answers if a.prompt_tokens != a.rendered_tokens)
+            first = next(a for a in one.counted if a.prompt_tokens != a.rendered_tokens)
             why = other_tokenizer(
                 self._name,
                 one.place,
@@ -174,18 +226,29 @@ class TeacherFindings(Findings):
         return self._spec.signal.kind == "text"
 
     def _token_ids(self) -> None:
-        judged = [a.ids_match for a in self._one.answers if a.ids_match is not None]
+        judged = [answer for answer in self._one.answers if answer.ids_match is not None]
         if not judged:
             return
-        wrong = judged.count(False)
-        value = f"those of {len(judged) - wrong} of {len(judged)} answers decode to their text"
-        if not wrong:
+        right = sum(answer.ids_match is True for answer in judged)
+        missing = sum(answer.ids_missing for answer in judged)
+        value = f"{right} of {len(judged)} answers decode to their text"
+        if right == len(judged):
             self.add("token_ids", value)
-        elif wrong == len(judged):
+        elif missing == len(judged):
+            self.refuse("token_ids", value, _tokens_missing(self._name, self._one.place))
+        elif right + missing == 0:
             why = other_tokenizer(
                 self._name, self._one.place, "gave token ids that do not decode to its text"
             )
             self.refuse("token_ids", value, why)
+        elif right + missing == len(judged):
+            self.add(
+                "token_ids",
+                value,
+                "warning",
+                message=f"{missing} of {len(judged)} answers would be rows of text without their "
+                "log-probabilities: the server lists a character of several tokens once",
+            )
         else:
             self.add(
                 "token_ids",
@@ -199,9 +262,19 @@ class TeacherFindings(Findings):
         ended, tokens = self._figures.ended, self._figures.completion_tokens
         assert ended is not None, "it answered"
         assert tokens is not None, "it answered"
-        limit = self._spec.signal.max_tokens
-        value = f"{percent(ended)} of answers end within {limit} tokens"
-        if ended.value < FEWEST_ENDED:
+        given, limit = self._one.teacher.answers, self._spec.signal.max_tokens
+        within = "" if given else f" within {limit} tokens"
+        value = percent(ended, f"of answers end by themselves{within}")
+        if ended.value < FEWEST_ENDED and given:
+            self.add(
+                "ends",
+                value,
+                "warning",
+                field="dataset.drop_cut",
+                message="answers that were cut teach no ending: drop them with "
+                "`dataset.drop_cut: true`",
+            )
+        elif ended.value < FEWEST_ENDED:
             self.add(
                 "ends",
                 value,
@@ -212,7 +285,7 @@ class TeacherFindings(Findings):
             )
         else:
             self.add("ends", value)
-        self.add("tokens", f"{plain(tokens, '.0f')} an answer")
+        self.add("tokens", plain(tokens, ".0f", "an answer"))
 
     def _terms(self, survey: Survey) -> None:
         for verdict in survey.verdicts:

@@ -50,8 +50,8 @@ class TeacherPreflight(BaseModel):
     name: str
     calls: int
     answered: int = Field(description="of the prompts that it was asked")
-    signal: Literal["text", "topk"] | None = Field(
-        description="the best that it gives; none where it was not asked"
+    signal: Literal["text", "topk", "counts"] | None = Field(
+        description="the best that it gives; none where nobody knows"
     )
     k: int | None = Field(description="log-probabilities for a token")
     raw_logprobs: bool | None = Field(description="none where it could not be told")

@@ -55,6 +55,7 @@ def snapshot(
             most,
             terms=_given_terms(spec),
             stored_before=stored_before,
+            alive=alive,
         )
     assert spec.prompts.source is not None, "the spec has either"
     file = _copied(spec.prompts.source, tenant_id, settings, store, alive)

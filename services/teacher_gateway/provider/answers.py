@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from services.teacher_gateway import reasons
-from services.teacher_gateway.asking import Asked, Fenced, GivenUp, Result
-from services.teacher_gateway.books import Books
+from services.teacher_gateway.asking import Asked, GivenUp, Result
+from services.teacher_gateway.books import Books, rejection_of
 from services.teacher_gateway.closing import Ended
 from services.teacher_gateway.counters import CALLS, TOKENS
+from services.teacher_gateway.holding import Fenced
 from services.teacher_gateway.ledger import Kind, Line, cost_microusd
 from services.teacher_gateway.parts import PART_ANSWERS, Part, encode_part
 from services.teacher_gateway.teachers.batch_api import BatchApi, Progress, Refused, read_line
@@ -25,7 +26,7 @@ from services.teacher_gateway.teachers.outcomes import Answered, Call, Outcome, 
 from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.logs import logger
 from stillhouse.chassis.storage import AlreadyExists
-from stillhouse.contracts.responses import Answer, Item, Rejection
+from stillhouse.contracts.responses import Answer, Item
 from stillhouse.contracts.spec import Price
 
 log = logger(__name__)
@@ -129,7 +130,7 @@ class Reading:
             detail = f"{outcome.reason}: {outcome.detail}"
             ended.lines.append(self._line("unused", item_id, "unused", min(cost, worst), detail))
         if isinstance(outcome, Reject):
-            ended.rejections.append(reject_by(item_id, outcome))
+            ended.rejections.append(rejection_of(item_id, outcome))
         else:
             self.result.given_up.append(GivenUp(item_id, outcome.reason, outcome.detail))
         return None
@@ -171,9 +172,3 @@ class Reading:
         """A charge that is the same however often the files are read."""
         charge_id = f"{what}:{self.batch}:p{self.number}:{of}"
         return Line(charge_id, kind, microusd, self.batch, self.attempt, 0, detail)
-
-
-def reject_by(item_id: str, outcome: Reject) -> Rejection:
-    return Rejection(
-        item_id=item_id, stage="collect", reason=outcome.reason, detail=outcome.detail[:500]
-    )

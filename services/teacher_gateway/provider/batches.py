@@ -21,35 +21,38 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway import reasons
-from services.teacher_gateway.asking import Fenced, GivenUp, Result
+from services.teacher_gateway.asking import GivenUp, Result
 from services.teacher_gateway.batch_input import BatchInput
-from services.teacher_gateway.books import Books, answers_line, record_answers
+from services.teacher_gateway.books import Books, answers_line, record_answers, rejection_of
 from services.teacher_gateway.cache.taking import take_cached
 from services.teacher_gateway.claims import MOST_CRASHES, Claim, plan, stand_still
 from services.teacher_gateway.closing import Ended, finish
 from services.teacher_gateway.context import Context
+from services.teacher_gateway.counters import PROVIDER_FILES
 from services.teacher_gateway.database import now, reading, transaction
-from services.teacher_gateway.holding import OutOfTime, while_held
+from services.teacher_gateway.holding import Fenced, OutOfTime, while_held
 from services.teacher_gateway.ledger import Line, settle
 from services.teacher_gateway.models import Batch, ProviderBatch
 from services.teacher_gateway.parts import Series, answers_in, close_series
-from services.teacher_gateway.provider.answers import Reading, call_of, reject_by
+from services.teacher_gateway.provider.answers import Reading, call_of
 from services.teacher_gateway.provider.looks import (
     STATUS_CHARACTERS,
     Look,
     metadata_of,
     open_provider,
-    pause_of,
     provider_of,
 )
 from services.teacher_gateway.teachers.batch_api import NoAnswer, Progress, Refused
 from services.teacher_gateway.teachers.outcomes import Retry
 from stillhouse.chassis.crash import crash_point
+from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.spec import Teacher
 
 log = logger(__name__)
 
+# After all that counts, and within what a job may take.
+_DELETING_SECONDS = 5.0
 # Of what an away provider says: that it surely did not take the request.
 _NOT_BEGUN = (reasons.TEACHER_UNREACHABLE, reasons.TEACHER_RATE_LIMITED)
 
@@ -81,6 +84,8 @@ def attempt(
     crash_point("answers_stored")
     if ended is not None:
         finish(context, claim, given, books, series, ended)
+        if given is not None:
+            asyncio.run(_delete_files(held, given, seen))
 
 
 @dataclass(frozen=True)
@@ -197,13 +202,17 @@ def _give_up(held: _Held, reason: str, detail: str) -> None:
 def _send(held: _Held, given: BatchInput) -> Ended | None:
     """Upload and create; None when the provider has it, or is to be asked later."""
     claim = held.claim
+    reused = bool(held.provider.file_id)
     try:
         work = _upload_and_create(held, given)
-        progress = asyncio.run(while_held(held.context.times, held.books, work))
+        progress = asyncio.run(while_held(held.context.times, held.books.renew, work))
     except (NoAnswer, OutOfTime) as error:
         return _not_sent(held, error.outcome)
     except Refused as error:
-        rejections = [reject_by(asked.item.item_id, error.outcome) for asked in claim.asks]
+        if reused:
+            # Perhaps for the file, which it may have dropped meanwhile: another try has another.
+            return _not_sent(held, Retry(error.outcome.reason, error.outcome.detail))
+        rejections = [rejection_of(asked.item.item_id, error.outcome) for asked in claim.asks]
         return Ended(held.number, "refused", rejections=rejections)
     try:
         _note_created(held, progress)
@@ -217,9 +226,11 @@ async def _upload_and_create(held: _Held, given: BatchInput) -> Progress:
     context = held.context
     async with open_provider(context, given.teacher, given.signal) as api:
         api.form = await asyncio.to_thread(_known_form, held, given.teacher)
-        calls = {asked.item.item_id: call_of(asked.item) for asked in held.claim.asks}
-        file_id = await api.upload(api.encode(calls), deadline=context.times.call)
-        crash_point("provider_uploaded")
+        file_id = held.provider.file_id
+        if not file_id:
+            calls = {asked.item.item_id: call_of(asked.item) for asked in held.claim.asks}
+            file_id = await api.upload(api.encode(calls), deadline=context.times.call)
+            crash_point("provider_uploaded")
         # Also the last look at the lease: from here on the provider may begin.
         await asyncio.to_thread(_note_uploaded, held, file_id)
         crash_point("provider_creating")
@@ -232,7 +243,8 @@ def _note_uploaded(held: _Held, file_id: str) -> None:
     held.books.renew()
     with transaction(held.context.engine) as session:
         provider = provider_of(session, held.books.fenced(session))
-        provider.state, provider.file_id = "creating", file_id
+        provider.state, provider.file_id, provider.absent_since = "creating", file_id, None
+    held.provider.file_id = file_id
 
 
 def _note_created(held: _Held, progress: Progress) -> None:
@@ -264,7 +276,7 @@ def _not_sent(held: _Held, outcome: Retry) -> Ended | None:
         row = held.books.fenced(session)
         provider = provider_of(session, row)
         if not began:
-            provider.state, provider.file_id = "uploading", ""
+            provider.state = "uploading"  # its file stays, for the next time
         _wait(held, session, row, outcome)
     return None
 
@@ -321,10 +333,9 @@ def _known_form(held: _Held, teacher: Teacher) -> str:
 
 def _read(held: _Held, given: BatchInput, seen: Look) -> Ended | None:
     """Read the answers of a batch that is over; None when its files do not come now."""
-    held.books.asked = True
     try:
         work = _read_files(held, given, seen)
-        return asyncio.run(while_held(held.context.times, held.books, work))
+        return asyncio.run(while_held(held.context.times, held.books.renew, work))
     except (NoAnswer, OutOfTime) as error:
         detail = error.outcome.detail
         log.warning("a provider's answers did not come", batch=held.claim.batch, why=detail)
@@ -363,6 +374,28 @@ async def _read_files(held: _Held, given: BatchInput, seen: Look) -> Ended:
 # What the steps have in common
 
 
+async def _delete_files(held: _Held, given: BatchInput, seen: Look | None) -> None:
+    """Take the files of a provider's batch that is settled away, as far as that can be done now:
+    what is left there costs room, and nobody's answers."""
+    progress = seen.progress if seen is not None else None
+    names = [held.provider.file_id]
+    if progress is not None:
+        names += [progress.output_file, progress.error_file]
+    left = {name for name in names if name}
+    try:
+        async with (
+            asyncio.timeout(_DELETING_SECONDS),
+            open_provider(held.context, given.teacher, given.signal) as api,
+        ):
+            for name in sorted(left):
+                await api.delete(name)
+                left.remove(name)
+                PROVIDER_FILES.labels("deleted").inc()
+    except (NoAnswer, Refused, PermanentError, TimeoutError) as error:
+        log.warning("files are left at a provider", files=sorted(left), why=str(error))
+        PROVIDER_FILES.labels("left").inc(len(left))
+
+
 def _release(row: Batch, at: float) -> None:
     row.holder, row.lease_until = "", 0.0
     row.state, row.next_attempt_at = "waiting", at
@@ -370,7 +403,7 @@ def _release(row: Batch, at: float) -> None:
 
 def _wait(held: _Held, session: Session, row: Batch, away: Retry) -> None:
     """Put a batch back whose provider is away, for a growing pause."""
-    pause = pause_of(held.context, row.away, away)
+    pause = held.context.times.batch_pause(row.away, away.after or 0.0)
     row.away += 1
     stand_still(row, pause)
     _release(row, now(session) + pause)

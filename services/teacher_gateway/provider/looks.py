@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +18,7 @@ from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, reading, transaction
 from services.teacher_gateway.ledger import lock
 from services.teacher_gateway.models import Batch, Pipeline, ProviderBatch
+from services.teacher_gateway.teachers.api_keys import read_api_key
 from services.teacher_gateway.teachers.batch_api import (
     BatchApi,
     CannotList,
@@ -46,7 +46,8 @@ class Look:
     """What became of a provider's batch, seen while nobody held ours.
 
     `unsent`: it was not asked to begin. `found`: it has one whose id we had lost. `absent`: it has
-    none. `ended`: it is over. `lost`: nobody can tell what it did, and may bill.
+    none, and cannot begin one any more. `ended`: it is over. `lost`: nobody can tell what it did,
+    and may bill.
     """
 
     provider: ProviderBatch
@@ -69,7 +70,9 @@ def look_at_provider(context: Context, pipeline: Pipeline, seen: Batch) -> Look 
     spec = Spec.model_validate_json(pipeline.spec)
     teacher = next(teacher for teacher in spec.teachers if teacher.name == seen.teacher)
     try:
-        found = asyncio.run(_see(context, teacher, spec.signal, provider, seen.epoch, unwanted))
+        found = asyncio.run(
+            _see(context, teacher, spec.signal, provider, seen.epoch, clock, unwanted)
+        )
     except NoAnswer as error:
         if not given_up:
             _look_again(context, seen, unwanted, away=error.outcome)
@@ -82,6 +85,9 @@ def look_at_provider(context: Context, pipeline: Pipeline, seen: Batch) -> Look 
     crash_point("provider_seen")
     if isinstance(found, Look):
         return found
+    if found is None:
+        _look_again(context, seen, unwanted, absent=True)
+        return None
     if given_up:
         why = f"it was cancelled and did not end ({found.status})"
         return Look(provider, seen.epoch, "lost", found, why)
@@ -95,9 +101,11 @@ async def _see(
     signal: Signal,
     provider: ProviderBatch,
     epoch: int,
+    clock: float,
     unwanted: bool,
-) -> Look | Progress:
-    """Ask the provider; `Progress` while it works."""
+) -> Look | Progress | None:
+    """Ask the provider; `Progress` while it works, None while one that it does not list may yet
+    come."""
     async with open_provider(context, teacher, signal) as api:
         if provider.state == "creating":
             try:
@@ -107,7 +115,18 @@ async def _see(
             except CannotList as error:
                 why = f"its id was lost, and the provider lists no batches ({error})"
                 return Look(provider, epoch, "lost", why=why)
-            return Look(provider, epoch, "found" if progress else "absent", progress)
+            if progress is not None:
+                return Look(provider, epoch, "found", progress)
+            since = provider.absent_since
+            if since is None or clock - since < context.times.provider_absent:
+                return None
+            # Whatever comes after all has nothing to work on.
+            try:
+                await api.delete(provider.file_id)
+            except Refused as error:
+                why = f"it is not listed, and may begin yet: its file cannot be deleted ({error})"
+                return Look(provider, epoch, "lost", why=why)
+            return Look(provider, epoch, "absent")
         try:
             progress = await api.look(provider.provider_id)
             if unwanted and progress and not progress.ended and progress.status != "cancelling":
@@ -126,6 +145,7 @@ def _look_again(
     *,
     status: str = "",
     age: float = 0.0,
+    absent: bool = False,
     away: Retry | None = None,
 ) -> None:
     """Put a batch back that its provider goes on with: no attempt, no lease, the money reserved."""
@@ -140,8 +160,10 @@ def _look_again(
         provider.status = status[:STATUS_CHARACTERS] or provider.status
         if unwanted and provider.unwanted_since is None:
             provider.unwanted_since = clock
+        if absent and provider.absent_since is None:
+            provider.absent_since = clock
         if away is not None:
-            pause = pause_of(context, row.away, away)
+            pause = times.batch_pause(row.away, away.after or 0.0)
             log.warning("the provider did not tell", batch=row.batch, why=away.detail)
             stand_still(row, pause)
             row.away += 1
@@ -157,19 +179,13 @@ def _look_again(
             row.next_attempt_at = min(row.next_attempt_at, row.close_by)
 
 
-def pause_of(context: Context, times_away: int, away: Retry) -> float:
-    times = context.times
-    pause = min(times.batch_backoff * 2.0 ** min(times_away, 20), times.batch_backoff_cap)
-    return max(pause * random.uniform(0.8, 1.2), away.after or 0.0)  # noqa: S311 jitter
-
-
 def open_provider(
     context: Context, teacher: Teacher, signal: Signal
 ) -> AbstractAsyncContextManager[BatchApi]:
     return open_batch_api(
         teacher,
         signal,
-        environ=os.environ,
+        key=read_api_key(teacher, context.settings, os.environ),
         private=context.settings.private_teachers,
         deadline=min(_CALL_SECONDS, context.times.call),
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import select, tuple_
 
 from services.teacher_gateway.database import reading
-from services.teacher_gateway.models import Account, AccountCharge
+from services.teacher_gateway.ledger import AccountId
+from services.teacher_gateway.models import Account
 from services.teacher_gateway.problems import ProblemError, not_found, responses
+from services.teacher_gateway.routes.charges import AfterCharge, page_of, shown
 from services.teacher_gateway.routes.parts import Limit, Parts, Who, moment
 from services.teacher_gateway.routes.pipelines import cost_of
 from services.teacher_gateway.schemas import (
@@ -64,47 +66,18 @@ def list_account_charges(
     name: Annotated[str, Path(max_length=63, description="an account's name")],
     who: Who,
     parts: Parts,
-    after: Annotated[
-        str | None,
-        Query(pattern=r"^[a-z0-9:._-]{1,80}$", description="`next` of the page before"),
-    ] = None,
+    after: AfterCharge = None,
     limit: Limit = 500,
 ) -> AccountCharges:
     """List an account's lines: what was paid for, and what may have been billed besides."""
-    order = (AccountCharge.booked_at, AccountCharge.charge_id)
-    own = (AccountCharge.tenant_id == who.tenant_id, AccountCharge.account == name)
-    query = select(AccountCharge).where(*own)
     with reading(parts.engine) as session:
         account = session.get(Account, (who.tenant_id, name))
         if account is None:
             raise not_found("account")
-        if after is not None:
-            last = session.get(AccountCharge, (who.tenant_id, name, after))
-            if last is None:
-                raise ProblemError(
-                    422, "cursor", "`after` names no charge: give `next` of the page before"
-                )
-            query = query.where(tuple_(*order) > (last.booked_at, last.charge_id))
-        found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
-        totals = session.execute(
-            select(AccountCharge.kind, func.sum(AccountCharge.microusd))
-            .where(*own)
-            .group_by(AccountCharge.kind)
-        ).all()
-    page = found[:limit]
+        page = page_of(session, AccountId(who.tenant_id, name), after, limit)
     return AccountCharges(
-        items=[
-            AccountChargeView(
-                charge_id=charge.charge_id,
-                kind=charge.kind,
-                answers=charge.answers,
-                microusd=charge.microusd,
-                detail=charge.detail,
-                booked_at=moment(charge.booked_at),
-            )
-            for charge in page
-        ],
-        next=page[-1].charge_id if len(found) > limit else None,
+        items=[AccountChargeView(**shown(charge)) for charge in page.charges],
+        next=page.next,
         cost=cost_of(account),
-        totals_microusd={kind: int(total) for kind, total in totals},
+        totals_microusd=page.totals,
     )

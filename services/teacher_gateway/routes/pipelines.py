@@ -32,8 +32,9 @@ from services.teacher_gateway.models import (
 from services.teacher_gateway.posted import JSON_TYPES, YAML_TYPES, read_spec
 from services.teacher_gateway.preflight.check import preflight, refuse_unfit
 from services.teacher_gateway.preflight.interview import SAMPLED_PROMPTS
+from services.teacher_gateway.preflight.running import RunningChecks
 from services.teacher_gateway.preflight.views import Preflight
-from services.teacher_gateway.problems import ProblemError, responses
+from services.teacher_gateway.problems import ProblemError, responses, unavailable
 from services.teacher_gateway.routes.parts import (
     Gateway,
     Limit,
@@ -57,6 +58,7 @@ from services.teacher_gateway.schemas import (
     Tokens,
 )
 from services.teacher_gateway.stop import cancel_pipeline
+from stillhouse.chassis.crash import crash_point
 from stillhouse.contracts.artifacts import ID_PATTERN
 from stillhouse.contracts.canonical import canonical_json
 from stillhouse.contracts.events import STAGES
@@ -64,6 +66,8 @@ from stillhouse.contracts.spec import Spec, spec_digest
 
 router = APIRouter(prefix="/v1/pipelines", tags=["pipelines"])
 
+# Pipelines that wait for acceptance: with the broker away none gets on, and each holds its spec.
+MOST_WAITING = 10_000
 _IDEMPOTENCY_KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
 _TRACEPARENT = re.compile(r"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
 _SPEC_BODY = {
@@ -88,7 +92,7 @@ _SPEC_BODY = {
             "model": Created,
             "headers": {"Location": {"schema": {"type": "string"}}},
         },
-        **responses(400, 401, 402, 408, 413, 415, 422, 503),
+        **responses(400, 401, 402, 408, 413, 415, 422, 429, 503),
     },
     openapi_extra=_SPEC_BODY,
 )
@@ -121,7 +125,10 @@ async def create_pipeline(
     spec = await run_in_threadpool(read_spec, body, request.headers.get("content-type"))
     if check:
         response.status_code = 200
-        return await run_in_threadpool(_check, parts, who, spec, probe)
+        running: RunningChecks = request.app.state.running_checks
+        if not probe:
+            return await running.read(lambda: _check(parts, who, spec, probe))
+        return await running.ask(who.tenant_id, lambda: _check(parts, who, spec, probe))
     created = await run_in_threadpool(
         _create, parts, who, spec, _key(idempotency_key), _trace(traceparent)
     )
@@ -248,6 +255,7 @@ def _create(parts: Gateway, who: Caller, spec: Spec, key: str | None, trace: str
         with transaction(parts.engine) as session:
             if key is not None and (earlier := _earlier(session, who, key, digest)):
                 return earlier
+            _check_room(session)
             at = now(session)
             pipeline = Pipeline(
                 pipeline_id=f"pl-{secrets.token_hex(12)}",
@@ -265,7 +273,7 @@ def _create(parts: Gateway, who: Caller, spec: Spec, key: str | None, trace: str
             session.add(pipeline)
             session.flush()
             _audit(session, who, "pipeline.created", pipeline.pipeline_id)
-            return _created(pipeline)
+            crash_point("pipeline_inserted")
     except IntegrityError:
         # Another replica won the race for this key; what it stored is the answer.
         with reading(parts.engine) as session:
@@ -273,6 +281,20 @@ def _create(parts: Gateway, who: Caller, spec: Spec, key: str | None, trace: str
         if earlier is None:
             raise
         return earlier
+    crash_point("pipeline_created")
+    return _created(pipeline)
+
+
+def _check_room(session: Session) -> None:
+    """Refuse another pipeline while very many wait for acceptance, as when the broker is away."""
+    waiting = session.execute(
+        select(func.count()).select_from(Pipeline).where(Pipeline.state == "accepting")
+    ).scalar_one()
+    if waiting >= MOST_WAITING:
+        raise unavailable(
+            f"{waiting} pipelines wait for acceptance, which does not get on: the operator should "
+            "look at broker and workers"
+        )
 
 
 def _earlier(session: Session, who: Caller, key: str, digest: str) -> Created | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from sqlalchemy import Engine, func, select, tuple_
+from sqlalchemy import Engine, func, select
 
 from services.teacher_gateway.database import Session, reading
 from services.teacher_gateway.event_streams import PAGE, EventStream, Mark
 from services.teacher_gateway.keys import authenticate
-from services.teacher_gateway.models import Charge, History, Item
-from services.teacher_gateway.problems import ProblemError, responses
+from services.teacher_gateway.models import History, Item
+from services.teacher_gateway.problems import responses
+from services.teacher_gateway.routes.charges import AfterCharge, page_of, shown
 from services.teacher_gateway.routes.parts import Limit, Parts, PipelineId, Who, moment, owned
 from services.teacher_gateway.routes.pipelines import cost_of
 from services.teacher_gateway.schemas import (
@@ -185,47 +186,21 @@ def list_charges(
     pipeline_id: PipelineId,
     who: Who,
     parts: Parts,
-    after: Annotated[
-        str | None,
-        Query(pattern=r"^[a-z0-9:._-]{1,80}$", description="`next` of the page before"),
-    ] = None,
+    after: AfterCharge = None,
     limit: Limit = 500,
 ) -> Charges:
     """List the ledger's lines: what was paid for, and what may have been billed besides."""
-    order = (Charge.booked_at, Charge.charge_id)
-    query = select(Charge).where(Charge.pipeline_id == pipeline_id)
     with reading(parts.engine) as session:
         pipeline = owned(session, who, pipeline_id)
-        if after is not None:
-            last = session.get(Charge, (pipeline_id, after))
-            if last is None:
-                raise ProblemError(
-                    422, "cursor", "`after` names no charge: give `next` of the page before"
-                )
-            query = query.where(tuple_(*order) > (last.booked_at, last.charge_id))
-        found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
-        totals = session.execute(
-            select(Charge.kind, func.sum(Charge.microusd))
-            .where(Charge.pipeline_id == pipeline_id)
-            .group_by(Charge.kind)
-        ).all()
-    page = found[:limit]
+        page = page_of(session, pipeline_id, after, limit)
     return Charges(
         items=[
             ChargeView(
-                charge_id=charge.charge_id,
-                kind=charge.kind,
-                batch=charge.batch,
-                attempt=charge.attempt,
-                answers=charge.answers,
-                cached=charge.cached,
-                microusd=charge.microusd,
-                detail=charge.detail,
-                booked_at=moment(charge.booked_at),
+                **shown(charge), batch=charge.batch, attempt=charge.attempt, cached=charge.cached
             )
-            for charge in page
+            for charge in page.charges
         ],
-        next=page[-1].charge_id if len(found) > limit else None,
+        next=page.next,
         cost=cost_of(pipeline),
-        totals_microusd={kind: int(total) for kind, total in totals},
+        totals_microusd=page.totals,
     )

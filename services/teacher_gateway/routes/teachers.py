@@ -26,7 +26,7 @@ from services.teacher_gateway.problems import FieldError, ProblemError, not_foun
 from services.teacher_gateway.routes.parts import Gateway, Parts, Who, moment
 from services.teacher_gateway.routes.pipelines import cost_of
 from services.teacher_gateway.schemas import RegisteredTeachers, RegisteredTeacherView
-from services.teacher_gateway.teachers.endpoint import api_key
+from services.teacher_gateway.teachers.api_keys import read_api_key
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.artifacts import ID_PATTERN
 
@@ -104,7 +104,7 @@ def _put(
     registration = _read(name, read_document(body, media))
     try:
         verdict = judge(registration, parts.catalogue, parts.settings)
-        api_key(registration, os.environ)
+        read_api_key(registration, parts.settings, os.environ)
     except PermanentError as error:
         raise ProblemError(422, "refused", str(error)) from error
     if verdict.outcome == "deny":

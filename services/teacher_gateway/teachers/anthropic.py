@@ -25,7 +25,6 @@ from services.teacher_gateway.teachers.anthropic_messages import (
 )
 from services.teacher_gateway.teachers.completions import STILL_REASONING
 from services.teacher_gateway.teachers.endpoint import (
-    api_key,
     judge_status,
     longest_reply,
     open_session,
@@ -99,6 +98,7 @@ class AnthropicTeacher:
             self._url,
             self._headers,
             msgspec.json.encode(asked),
+            key=self._key,
             cap=longest_reply(self._signal, asked["max_tokens"]),
             deadline=deadline,
         )
@@ -108,7 +108,7 @@ class AnthropicTeacher:
 
     def judge(self, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Decide what a reply means."""
-        refused = judge_status(status, headers, body, self._key)
+        refused = judge_status(status, headers, body)
         if isinstance(refused, Reject) and status == 400 and _ACCOUNT.search(body):
             return Retry(reasons.TEACHER_ERROR, refused.detail, away=True)
         return refused or _judge_message(body)
@@ -155,10 +155,10 @@ async def open_anthropic(
     teacher: Teacher,
     signal: Signal,
     *,
-    environ: Mapping[str, str],
+    key: str | None,
     private: bool,
     connections: int | None = None,
 ) -> AsyncIterator[AnthropicTeacher]:
-    """Open a client. Raises EgressRefused or PermanentError that says what to change."""
+    """Open a client. Raises EgressRefused."""
     async with open_session(teacher, private=private, connections=connections) as session:
-        yield AnthropicTeacher(session, teacher, signal, api_key(teacher, environ))
+        yield AnthropicTeacher(session, teacher, signal, key)

@@ -19,11 +19,11 @@ import msgspec
 
 from services.teacher_gateway import reasons
 from services.teacher_gateway.teachers.endpoint import (
-    api_key,
     judge_status,
     longest_reply,
     open_session,
     send,
+    without_key,
 )
 from services.teacher_gateway.teachers.openai import OpenAITeacher
 from services.teacher_gateway.teachers.outcomes import Call, Outcome, Reject, Retry
@@ -197,6 +197,13 @@ class BatchApi(OpenAITeacher):
         body = await self._call("POST", "/files", form, deadline=deadline)
         return _checked(_decoded(body, _File).id)
 
+    async def delete(self, file_id: str) -> None:
+        """Delete a file, if it is there."""
+        path = f"/files/{quote(file_id, safe='')}"
+        reply = await self._send("DELETE", path, None, self._deadline)
+        if reply.status != 404:
+            self._taken(reply.status, reply.headers, reply.body)
+
     async def create(self, file_id: str, metadata: Mapping[str, str]) -> Progress:
         """Let the provider begin. `NoAnswer` with `lost`: perhaps it has."""
         asked = {
@@ -256,7 +263,7 @@ class BatchApi(OpenAITeacher):
                 held += first
                 for piece in rest:
                     if held.strip() and not skipping and len(held) <= cap:
-                        yield bytes(held)
+                        yield without_key(bytes(held), self._key)
                     count += 1
                     if count > most:
                         return
@@ -264,7 +271,7 @@ class BatchApi(OpenAITeacher):
                 if len(held) > cap:
                     held, skipping = bytearray(), True
         if held.strip() and not skipping and len(held) <= cap:
-            yield bytes(held)
+            yield without_key(bytes(held), self._key)
 
     # What a line means
 
@@ -308,6 +315,7 @@ class BatchApi(OpenAITeacher):
             self._base + path,
             {**self._headers, **kind},
             data,
+            key=self._key,
             cap=_REPLY_BYTES,
             deadline=deadline,
         )
@@ -316,7 +324,7 @@ class BatchApi(OpenAITeacher):
         return reply
 
     def _taken(self, status: int, headers: Mapping[str, str], body: bytes) -> bytes:
-        outcome = judge_status(200 if status in (201, 202) else status, headers, body, self._key)
+        outcome = judge_status(200 if status in (201, 202, 204) else status, headers, body)
         if isinstance(outcome, Retry):
             raise NoAnswer(outcome)
         if outcome is not None:
@@ -332,12 +340,12 @@ class BatchApi(OpenAITeacher):
                 timeout=aiohttp.ClientTimeout(total=deadline, sock_read=self._deadline),
             ) as response:
                 if response.status != 200:
-                    said = await response.content.read(2000)
+                    said = without_key(await response.content.read(2000), self._key)
                     self._taken(response.status, response.headers, said)
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     yield chunk
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            detail = f"the provider's file did not arrive: {type(error).__name__}: {error}"[:300]
+            detail = f"the provider's file did not arrive: {type(error).__name__}"
             raise NoAnswer(Retry(reasons.TEACHER_ERROR, detail, away=True)) from error
 
 
@@ -346,16 +354,12 @@ async def open_batch_api(
     teacher: Teacher,
     signal: Signal,
     *,
-    environ: Mapping[str, str],
+    key: str | None,
     private: bool,
     deadline: float,
 ) -> AsyncIterator[BatchApi]:
-    """Open a client whose calls take `deadline` seconds at most, each.
-
-    Raises EgressRefused or PermanentError that says what to change.
-    """
+    """Open a client whose calls take `deadline` seconds at most, each. Raises EgressRefused."""
     async with open_session(teacher, private=private, connections=2) as session:
-        key = api_key(teacher, environ)
         yield BatchApi(session, teacher, signal, key, deadline=deadline)
 
 

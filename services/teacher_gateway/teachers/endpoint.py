@@ -8,6 +8,7 @@ whether the teacher may have billed what did not arrive.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,7 +20,6 @@ import aiohttp
 from services.teacher_gateway import reasons
 from services.teacher_gateway.egress import check_url, connector
 from services.teacher_gateway.teachers.outcomes import Reject, Retry
-from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.spec import Signal, Teacher
 
 LONGEST_RETRY_AFTER = 86_400.0
@@ -37,8 +37,8 @@ _CONNECT_SECONDS = 10
 _CHUNK = 1 << 16
 # A token with its alternatives takes about 100 bytes of JSON an outcome; ten times that is none.
 _BYTES_AN_OUTCOME = 1024
-# What other services of this stack are told must not be what a user's `api_key: {env: ...}` names.
-_OWN_VARIABLES = ("TEACHER_GATEWAY_", "STILLHOUSE_", "AWS_", "PG", "POSTGRES")
+# Less is no secret but a word that some server wants, such as `none`; and words stand in answers.
+_SHORTEST_KEY = 12
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,6 @@ class _TooLong(Exception):
 
 class _TooSlow(Exception):
     """The reply began, and then hardly anything came."""
-
-
-def api_key(teacher: Teacher, environ: Mapping[str, str]) -> str | None:
-    """Read the key that a spec names. Raises PermanentError that says what to set."""
-    if teacher.api_key is None:
-        return None
-    name = teacher.api_key.env
-    if name.startswith(_OWN_VARIABLES):
-        raise PermanentError(
-            f"`api_key: {{env: {name}}}` names a variable that is not a teacher's key: choose "
-            "another name",
-            reason="missing_api_key",
-        )
-    if not environ.get(name):
-        raise PermanentError(
-            f"the gateway's environment has no {name}, which `api_key` names: set it where the "
-            "gateway's workers start",
-            reason="missing_api_key",
-        )
-    return environ[name]
 
 
 @asynccontextmanager
@@ -98,18 +78,28 @@ def longest_reply(signal: Signal, tokens: int) -> int:
     return (1 << 20) + tokens * outcomes * _BYTES_AN_OUTCOME
 
 
+def without_key(said: bytes, key: str | None) -> bytes:
+    """What a teacher said, without the key that we sent: as such, or as JSON writes it."""
+    if not key or len(key) < _SHORTEST_KEY:
+        return said
+    for form in {key, json.dumps(key)[1:-1], key.replace("/", "\\/")}:
+        said = said.replace(form.encode(), b"[key]")
+    return said
+
+
 async def post(
     session: aiohttp.ClientSession,
     url: str,
     headers: Mapping[str, str],
     data: bytes,
     *,
+    key: str | None,
     cap: int,
     deadline: float,
 ) -> Reply | Retry:
     """Post JSON, `deadline` seconds at most. Raises nothing but EgressRefused."""
     sent = {"Content-Type": "application/json", **headers}
-    return await send(session, "POST", url, sent, data, cap=cap, deadline=deadline)
+    return await send(session, "POST", url, sent, data, key=key, cap=cap, deadline=deadline)
 
 
 async def send(
@@ -119,10 +109,15 @@ async def send(
     headers: Mapping[str, str],
     data: bytes | aiohttp.FormData | None,
     *,
+    key: str | None,
     cap: int,
     deadline: float,
 ) -> Reply | Retry:
-    """Make one call, `deadline` seconds at most. Raises nothing but EgressRefused."""
+    """Make one call, `deadline` seconds at most. Raises nothing but EgressRefused.
+
+    `key` is what the headers hold and nothing that comes back may: neither answers nor details,
+    which are stored, logged and shown to tenants.
+    """
     try:
         async with session.request(
             method,
@@ -135,7 +130,7 @@ async def send(
             ),
         ) as response:
             body = await _read(response.content, cap)
-            return Reply(response.status, response.headers, body)
+            return Reply(response.status, response.headers, without_key(body, key))
     except _TooLong:
         return Retry(reasons.TEACHER_INVALID, f"the reply is over {cap} bytes", lost=True)
     except _TooSlow:
@@ -146,15 +141,29 @@ async def send(
             away=True,
         )
     except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
-        return Retry(reasons.TEACHER_UNREACHABLE, f"no connection: {error}"[:300], away=True)
+        hasty = isinstance(error, TimeoutError) and deadline < _CONNECT_SECONDS
+        return Retry(
+            reasons.TEACHER_UNREACHABLE,
+            f"no connection: {error}"[:300],
+            away=True,
+            waited=deadline if hasty else None,
+        )
     except TimeoutError:
         return Retry(
-            reasons.TEACHER_TIMEOUT, f"no answer in {deadline:.3g} s", lost=True, away=True
+            reasons.TEACHER_TIMEOUT,
+            f"no answer in {deadline:.3g} s",
+            lost=True,
+            away=True,
+            waited=deadline,
         )
     except (aiohttp.ClientError, OSError) as error:
+        # A parser's error repeats what the server sent.
+        said = without_key(
+            f"{type(error).__name__}: {error}".encode(errors="replace"), key
+        ).decode()
         return Retry(
             reasons.TEACHER_ERROR,
-            f"the connection broke: {type(error).__name__}: {error}"[:300],
+            f"the connection broke: {said}"[:300],
             lost=True,
             away=True,
         )
@@ -189,13 +198,11 @@ async def _read(content: aiohttp.StreamReader, cap: int) -> bytes:
             ends, had = clock() + LEAST_SECONDS, len(found)
 
 
-def judge_status(
-    status: int, headers: Mapping[str, str], body: bytes, key: str | None
-) -> Retry | Reject | None:
+def judge_status(status: int, headers: Mapping[str, str], body: bytes) -> Retry | Reject | None:
     """Decide what a reply means by its status; None where its body must tell (200)."""
     if status == 200:
         return None
-    said = _said(body, key)
+    said = _said(body)
     if status == 429:
         after = retry_after(headers, time.time())
         return Retry(reasons.TEACHER_RATE_LIMITED, said, after=after, away=True)
@@ -233,9 +240,6 @@ def retry_after(headers: Mapping[str, str], clock: float) -> float | None:
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
 
 
-def _said(body: bytes, key: str | None) -> str:
-    """What an error reply says, shortened, on one line, and without the key that we sent."""
-    text = body[:2000].decode(errors="replace")
-    if key:
-        text = text.replace(key, "[key]")
-    return " ".join(text[:300].split())
+def _said(body: bytes) -> str:
+    """What an error reply says, shortened, on one line."""
+    return " ".join(body[:2000].decode(errors="replace")[:300].split())

@@ -19,7 +19,6 @@ import msgspec
 
 from services.teacher_gateway.teachers.completions import judge_reply
 from services.teacher_gateway.teachers.endpoint import (
-    api_key,
     judge_status,
     longest_reply,
     open_session,
@@ -93,6 +92,7 @@ class OpenAITeacher:
                 self._url,
                 self._headers,
                 msgspec.json.encode(asked),
+                key=self._key,
                 cap=cap,
                 deadline=max(ends - time.monotonic(), 0.001),
             )
@@ -123,7 +123,7 @@ class OpenAITeacher:
 
     def judge(self, status: int, headers: Mapping[str, str], body: bytes) -> Outcome:
         """Decide what a reply means."""
-        refused = judge_status(status, headers, body, self._key)
+        refused = judge_status(status, headers, body)
         return refused or judge_reply(body, self._signal)
 
 
@@ -136,10 +136,10 @@ async def open_openai(
     teacher: Teacher,
     signal: Signal,
     *,
-    environ: Mapping[str, str],
+    key: str | None,
     private: bool,
     connections: int | None = None,
 ) -> AsyncIterator[OpenAITeacher]:
-    """Open a client. Raises EgressRefused or PermanentError that says what to change."""
+    """Open a client. Raises EgressRefused."""
     async with open_session(teacher, private=private, connections=connections) as session:
-        yield OpenAITeacher(session, teacher, signal, api_key(teacher, environ))
+        yield OpenAITeacher(session, teacher, signal, key)

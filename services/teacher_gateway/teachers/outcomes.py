@@ -29,7 +29,9 @@ class Retry:
     """No answer now, perhaps later; `after` are the seconds that the teacher asked for.
 
     `lost`: the teacher may have computed and billed an answer that did not arrive. `away`: it is
-    perhaps not this item: as if nobody were there, or had no time for anybody.
+    perhaps not this item: as if nobody were there, or had no time for anybody. `waited`: the
+    seconds after which we gave up by the deadline that the caller set; None where the other side
+    decided, or a time that holds for every call.
     """
 
     reason: str
@@ -37,6 +39,7 @@ class Retry:
     after: float | None = None
     lost: bool = False
     away: bool = False
+    waited: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from datetime import date
 
 from services.teacher_gateway.settings import TeacherGatewaySettings
 from services.teacher_gateway.teachers.anthropic import open_anthropic
+from services.teacher_gateway.teachers.api_keys import read_api_key
 from services.teacher_gateway.teachers.given import GivenAnswers
 from services.teacher_gateway.teachers.local.client import open_local
 from services.teacher_gateway.teachers.openai import open_openai
@@ -41,7 +42,7 @@ async def open_teacher(
         async with open_endpoint(
             teacher,
             signal,
-            environ=environ,
+            key=read_api_key(teacher, settings, environ),
             private=settings.private_teachers,
             connections=connections,
         ) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -121,6 +122,30 @@ def test_a_reading_session_sees_one_picture(tables: Engine) -> None:
         with transaction(tables) as writing:
             writing.add(Tenant(tenant_id="a", created_at=1))
         assert session.scalars(select(Tenant)).all() == []
+
+
+def test_writers_that_read_first_wait_for_each_other(tables: Engine) -> None:
+    """A writer that took its lock only when it wrote would find its picture out of date."""
+    with transaction(tables) as session:
+        session.add(Tenant(tenant_id="a", created_at=0))
+    locked = select(Tenant).where(Tenant.tenant_id == "a").with_for_update()
+    begun = threading.Event()
+
+    def count() -> None:
+        begun.set()
+        with transaction(tables) as session:
+            session.execute(locked).scalar_one().created_at += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(tables) as session:
+            found = session.execute(locked).scalar_one()
+            other = pool.submit(count)
+            assert begun.wait(60)
+            time.sleep(0.3)  # for as long the other one may try
+            found.created_at += 1
+        other.result(60)
+    with reading(tables) as session:
+        assert session.scalars(select(Tenant.created_at)).one() == 2
 
 
 def test_a_lock_that_is_held_too_long_is_told_as_unavailable(

@@ -22,11 +22,12 @@ from services.teacher_gateway.database import open_engine, transaction
 from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.migrate import migrate
 from services.teacher_gateway.models import Pipeline
+from stillhouse.chassis.storage import ObjectStore
 from stillhouse.cli import main as command_line
 from stillhouse.cli.client import Client
 from stillhouse.embedded.parts import Store
 from tests.support.event_streams import end, messages, put_pipeline, tell
-from tests.support.gateway_api import PEPPER, Api, serving
+from tests.support.gateway_api import PEPPER, Api, gateway_api, serving
 from tests.support.gateway_process import api_environment, start_api
 from tests.support.proxy import Proxy, proxy
 from tests.support.waiting import wait_for
@@ -134,6 +135,26 @@ def test_broken_and_silent_connections_are_borne(
     follower.reaches(20)
     end(small.engine, pipeline_id)
     follower.ends_with(21)
+
+
+def test_whoever_comes_when_all_streams_are_taken_follows_all_the_same(
+    tmp_path: Path, store: ObjectStore, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillhouse.cli.client._POLL", 0.05)
+    with gateway_api(tmp_path, store, tenant, MAX_TENANT_EVENT_STREAMS="1") as api:
+        pipeline_id = put_pipeline(api.engine, tenant)
+        stream = f"/v1/pipelines/{pipeline_id}/events/stream"
+        with serving(api.app) as url, httpx.Client(base_url=url, headers=api.headers()) as first:
+            with first.stream("GET", stream) as held:
+                assert held.status_code == 200
+                follower = Follower(url, api.key, pipeline_id)
+                follower.start()
+                tell(api.engine, pipeline_id, 3)
+                follower.reaches(3)
+                tell(api.engine, pipeline_id, 2)
+                follower.reaches(5)
+            end(api.engine, pipeline_id)
+            follower.ends_with(6)
 
 
 def test_watching_shows_progress_over_a_broken_connection(

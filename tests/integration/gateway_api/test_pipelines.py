@@ -183,7 +183,7 @@ def test_a_check_refuses_what_acceptance_would(client: httpx.Client, small: Api)
         (
             lambda s: s["teachers"][0].update(api_key={"env": "TEACHER_GATEWAY_KEY_PEPPER"}),
             "teachers[0].api_key",
-            "the gateway's own",
+            "the stack's own",
         ),
         (
             lambda s: s["prompts"].update({"from": "file:/etc/passwd"}),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,14 +13,20 @@ from typing import Any
 
 import httpx
 import pytest
+from anyio.to_thread import current_default_thread_limiter
 from sqlalchemy import select
 
+from services.teacher_gateway import admission
 from services.teacher_gateway.database import reading
+from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.models import Account, AccountCharge, Audit, Pipeline
+from services.teacher_gateway.preflight.running import MOST
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.embedded.parts import Store
+from tests.support.capture import HeldTeacher, held_teacher
 from tests.support.gateway_api import (
     Api,
+    asgi_client,
     check_in_process,
     gateway_api,
     posted_spec,
@@ -221,7 +231,7 @@ def test_auto_is_checked_with_the_signal_that_it_would_get(
     with running_teacher(tmp_path / "few.jsonl", most_logprobs=5) as teacher:
         auto = {"kind": "auto", "k": 30, "max_tokens": 128}
         found = findings(check(client, spec(small, teacher, signal=auto)))
-        assert found["signal"]["value"] == "topk, 5 log-probabilities"
+        assert found["signal"]["value"] == "topk, 5 log-probabilities a token"
         assert {r["top_logprobs"] for r in teacher.requests if r["max_tokens"] == 128} == {5}
         teacher.script(Fault("missing_logprobs"))
         answer = check(client, spec(small, teacher, signal=auto))
@@ -259,9 +269,140 @@ def test_a_teacher_behind_a_batch_api_is_asked_directly_at_twice_its_price(
 ) -> None:
     half = {"batch_api": True, "usd_per_million": {"input": 0.5, "output": 1}}
     answer = check(client, spec(small, teacher, half))
-    assert findings(answer)["answers"]["value"] == "8 of 8 prompts"
+    assert findings(answer)["answers"]["value"] == "8 of 8 prompts answered"
     assert answer.json()["probe_usd"] == pytest.approx(teacher.invoiced_microusd() / 1e6)
     assert "time" not in findings(answer)
+
+
+# Routes that nobody is asked by
+
+
+def given(api: Api, lines: list[dict[str, Any]], **parts: Any) -> dict[str, Any]:
+    """A spec whose prompts carry their answers."""
+    posted = posted_spec(api.files, **parts)
+    file = api.files / "answered.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    posted["prompts"]["from"] = f"file:{file}"
+    free = {"url": None, "answers": "given", "usd_per_million": {"input": 0, "output": 0}}
+    posted["teachers"][0] |= free
+    return posted
+
+
+def answered(teacher: Teacher, count: int = 40, **body: Any) -> list[dict[str, Any]]:
+    """Prompts with the completions of a teacher, as a user would have kept them."""
+    lines = []
+    with httpx.Client() as http:
+        for number in range(count):
+            prompt = f"What is the number {number}?"
+            asked = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 128, **body}
+            url = f"{teacher.url}/chat/completions"
+            answer = http.post(url, json={"model": teacher.model, **asked}).json()
+            lines.append({"prompt": prompt, "answer": answer})
+    return lines
+
+
+def test_answers_given_along_are_judged_and_cost_nothing(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    lines = answered(teacher, logprobs=True, top_logprobs=5)
+    before = len(teacher.requests)
+    answer = check(client, given(small, lines, training={"tokens_per_step": 64}))
+    found = findings(answer)
+    assert found["signal"]["value"] == "topk, 5 log-probabilities a token"
+    assert found["answers"]["value"] == "8 of 8 prompts with a usable answer"
+    assert found["raw_logprobs"]["verdict"] == "unknown"
+    assert found["cost"]["value"] == "nothing: the answers are given along"
+    assert "time" not in found
+    ok = ("signal", "answers", "tokenizer", "token_ids", "ends", "terms", "training")
+    assert {found[topic]["verdict"] for topic in ok} == {"ok"}
+    [figures] = answer.json()["preflight"]["teachers"]
+    assert (figures["calls"], figures["answered"], figures["signal"]) == (0, 8, "topk")
+    assert figures["completion_tokens"]["n"] == 8
+    assert (answer.json()["probe_usd"], len(teacher.requests)) == (0, before)
+
+
+def test_given_answers_that_cannot_teach_what_is_asked_are_refused_by_name(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    bare = check(client, given(small, answered(teacher)))
+    assert bare.status_code == 422
+    assert "gave no log-probabilities" in bare.json()["detail"]
+    few = check(client, given(small, answered(teacher, logprobs=True, top_logprobs=2)))
+    assert few.status_code == 422
+    assert "set `signal.k: 2`" in few.json()["detail"]
+    teacher.script(Fault("wrong_prompt_tokens"))
+    other = check(client, given(small, answered(teacher, logprobs=True, top_logprobs=5)))
+    assert other.status_code == 422
+    assert "8 of 8 prompts differ" in other.json()["detail"]
+
+
+def test_characters_that_are_listed_once_for_several_tokens_are_told(
+    client: httpx.Client, small: Api
+) -> None:
+    def line(number: int, listed: list[int], text: str) -> dict[str, Any]:
+        likely = [
+            {"id": 48 + n, "logprob": -2.0, "token": str(n), "bytes": [48 + n]} for n in range(5)
+        ]
+        token = {"id": listed[-1], "logprob": -0.1, "token": text, "bytes": listed}
+        logprobs = {"content": [{**token, "top_logprobs": likely}]}
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "length", "logprobs": logprobs}
+        answer = {"object": "chat.completion", "choices": [choice]}
+        return {"prompt": f"What is the number {number}?", "answer": answer}
+
+    once = [line(number, [195, 169], "\u00e9") for number in range(40)]
+    answer = check(client, given(small, once))
+    assert answer.status_code == 422
+    assert "lists a character of several tokens once" in answer.json()["detail"]
+    some = [line(number, [97], "a") for number in range(0, 40, 2)]
+    found = findings(check(client, given(small, once[1::2] + some)))
+    assert found["token_ids"]["verdict"] == "warning"
+    assert "would be rows of text" in found["token_ids"]["message"]
+
+
+def test_some_given_answers_without_log_probabilities_are_warned_of(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    whole = answered(teacher, logprobs=True, top_logprobs=5)
+    bare = answered(teacher)
+    found = findings(check(client, given(small, whole[::2] + bare[1::2])))
+    assert found["signal"]["verdict"] == "warning"
+    assert "of 8 answers given along do not carry it" in found["signal"]["message"]
+    assert found["answers"]["verdict"] == "warning"
+
+
+def test_given_texts_are_counted_by_our_tokenizer(client: httpx.Client, small: Api) -> None:
+    lines = [{"prompt": f"What is the number {n}?", "answer": "Twelve."} for n in range(40)]
+    text = {"signal": {"kind": "text", "max_tokens": 16}, "training": {"loss": "sft"}}
+    answer = check(client, given(small, lines, **text))
+    found = findings(answer)
+    assert (found["signal"]["value"], found["ends"]["verdict"]) == ("text", "ok")
+    assert "tokenizer" not in found, "nobody counted the prompts"
+    [figures] = answer.json()["preflight"]["teachers"]
+    assert figures["completion_tokens"]["value"] == len("Twelve.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("counts", "counts, 50 draws a token, computed from the weights"),
+        ("auto", "counts, 50 draws a token, computed from the weights"),
+        ("topk", "topk, 100 log-probabilities a token, computed from the weights"),
+    ],
+)
+def test_weights_are_not_asked_and_what_they_give_is_known(
+    kind: str, said: str, client: httpx.Client, small: Api
+) -> None:
+    posted = posted_spec(small.files, signal={"kind": kind, "k": 100, "max_tokens": 16})
+    reference = posted["teachers"][0].pop("reference")
+    posted["teachers"][0] |= {"url": None, "weights": reference}
+    answer = check(client, posted)
+    found = findings(answer)
+    assert (found["signal"]["value"], found["signal"]["verdict"]) == (said, "ok")
+    assert found["raw_logprobs"]["verdict"] == "ok"
+    assert (found["answers"]["verdict"], found["answers"]["value"]) == ("unknown", "not asked")
+    assert {"cost", "time", "training"} & found.keys() == set()
+    assert answer.json()["probe_usd"] == 0
 
 
 def test_no_more_is_asked_at_once_than_the_spec_allows(
@@ -279,7 +420,8 @@ def test_answers_that_are_cut_are_warned_of(
     short = {"kind": "topk", "k": 5, "max_tokens": 8}
     found = findings(check(client, spec(small, teacher, signal=short)))
     assert (found["ends"]["verdict"], found["ends"]["field"]) == ("warning", "signal.max_tokens")
-    assert "0 % (0 to 32 %, n 8)" in found["ends"]["value"]
+    assert found["ends"]["value"].startswith("0 % of answers end by themselves within 8 tokens")
+    assert "(0 to 32 %, n 8)" in found["ends"]["value"]
 
 
 def test_a_small_budget_and_few_steps_are_warned_of(
@@ -404,16 +546,113 @@ def test_a_kill_in_the_middle_of_a_check_leaves_its_charges_listed(
 def test_many_checks_at_once_never_spend_more_than_the_day_allows(
     tmp_path: Path, store: ObjectStore, tenant: str, teacher: Teacher
 ) -> None:
+    """Each at a replica of its own, since one would refuse the second."""
     with (
         gateway_api(tmp_path, store, tenant, CHECK_USD_PER_DAY="0.01") as poor,
-        serving(poor.app) as url,
-        httpx.Client(base_url=url, headers=poor.headers()) as client,
+        contextlib.ExitStack() as stack,
     ):
         posted = spec(poor, teacher)
-        with ThreadPoolExecutor(8) as pool:
-            statuses = [a.status_code for a in pool.map(lambda _: check(client, posted), range(8))]
+        replicas = [
+            httpx.Client(base_url=stack.enter_context(serving(poor.app)), headers=poor.headers())
+            for _ in range(6)
+        ]
+        with ThreadPoolExecutor(6) as pool:
+            statuses = [a.status_code for a in pool.map(lambda one: check(one, posted), replicas)]
+        for replica in replicas:
+            replica.close()
         with reading(poor.engine) as session:
             [account] = session.scalars(select(Account))
         assert set(statuses) <= {200, 402, 503}
         assert 200 in statuses
         assert account.spent_microusd == teacher.invoiced_microusd() <= 10_000
+
+
+# Turns
+
+
+def test_a_slow_teacher_holds_up_no_other_request_and_one_check_of_its_tenant(
+    small: Api,
+) -> None:
+    others = [_other_tenant(small, f"other-{number}") for number in range(MOST)]
+
+    async def ask(teacher: HeldTeacher) -> None:
+        # One thread for everything else: whoever took it would be noticed.
+        current_default_thread_limiter().total_tokens = 1
+        posted = posted_spec(small.files)
+        posted["teachers"][0]["url"] = teacher.url
+        url = "/v1/pipelines?check=true&probe=true"
+        async with asgi_client(small) as client, asyncio.TaskGroup() as tasks:
+
+            async def checks(headers: dict[str, str]) -> httpx.Response:
+                return await client.post(url, json=posted, headers=headers)
+
+            async def refused(headers: dict[str, str], said: str) -> None:
+                answer = await checks(headers)
+                assert answer.status_code == 429, answer.text
+                assert int(answer.headers["Retry-After"]) > 0
+                assert said in answer.json()["detail"]
+
+            try:
+                async with asyncio.timeout(60):
+                    held = [tasks.create_task(checks({}))]
+                    await _asked(teacher, 1)
+                    await refused({}, "a check of this tenant is asking teachers already")
+                    for number, headers in enumerate(others[:-1], 2):
+                        held.append(tasks.create_task(checks(headers)))
+                        await _asked(teacher, number)
+                    await refused(others[-1], f"{MOST} checks of other tenants")
+                    assert (await client.get("/v1/pipelines")).status_code == 200
+                    unasked = await client.post("/v1/pipelines?check=true", json=posted)
+                    assert unasked.status_code == 200
+            finally:
+                teacher.go.set()
+            answers = [await task for task in held]
+            assert [a.status_code for a in answers] == [422] * MOST  # no log-probabilities
+            # Whose check has ended may ask again.
+            assert (await checks({})).status_code == 422
+
+    with held_teacher() as teacher:
+        asyncio.run(ask(teacher))
+
+
+def test_checks_that_wait_for_their_turn_to_read_prompts_hold_up_no_other_request(
+    small: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, go = threading.Event(), threading.Event()
+
+    class Busy:
+        def acquire(self, **_: float) -> bool:
+            waiting.set()
+            return go.wait(120)
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr(admission, "_surveys", Busy())
+
+    async def ask() -> None:
+        current_default_thread_limiter().total_tokens = 1
+        async with asgi_client(small) as client, asyncio.TaskGroup() as tasks:
+            url = "/v1/pipelines?check=true"
+            check = tasks.create_task(client.post(url, json=posted_spec(small.files)))
+            try:
+                async with asyncio.timeout(60):
+                    while not waiting.is_set():  # noqa: ASYNC110 (it is on another thread)
+                        await asyncio.sleep(0.01)
+                    assert (await client.get("/v1/pipelines")).status_code == 200
+                assert not check.done()
+            finally:
+                go.set()
+            assert (await check).status_code == 200
+
+    asyncio.run(ask())
+
+
+def _other_tenant(api: Api, name: str) -> dict[str, str]:
+    key = create_key(api.engine, api.gateway.settings.key_pepper, name)
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def _asked(teacher: HeldTeacher, times: int) -> None:
+    while len(teacher.seen) < times:  # noqa: ASYNC110 (it is on another thread)
+        await asyncio.sleep(0.01)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.teacher_gateway import accept
 from services.teacher_gateway.accept import MAX_ATTEMPTS, accept_pipeline
+from services.teacher_gateway.database import transaction
+from services.teacher_gateway.ledger import lock
 from stillhouse.chassis import download
 from stillhouse.chassis.hub import HubUnavailable
 from stillhouse.chassis.references import pin_of
@@ -31,6 +36,7 @@ from tests.support.gateway_api import (
 from tests.support.hub import REFERENCE, FakeHub, serving_hub
 from tests.support.references import Bucket, weights_bucket
 from tests.support.tiny_tokenizer import tiny_chat_tokenizer
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture
@@ -108,6 +114,52 @@ def test_the_hub_gives_the_tokenizer_of_a_commit(api: Api, hub: FakeHub) -> None
     assert {name for name, _ in hub.asked} == {
         *("config.json", "tokenizer.json", "tokenizer_config.json")
     }
+
+
+def test_an_acceptance_that_waits_for_a_slow_hub_is_seen_to_live(
+    api: Api, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the clock would give it to another worker, which would fetch the same."""
+    monkeypatch.setattr(accept, "_BEAT_SECONDS", 0)
+    hub.files["tokenizer.json"] += b" " * (1 << 15)  # more than the hub sends before it waits
+    held = hub.held["tokenizer.json"] = threading.Event()
+    pipeline_id = submit(api, spec_of(api, REFERENCE))
+    with ThreadPoolExecutor(1) as worker:
+        accepting = worker.submit(accept_pipeline, api.context(), pipeline_id)
+        try:
+            wait_for(lambda: hub.times("tokenizer.json"), 60, "the tokenizer on its way")
+            due = pipeline(api, pipeline_id).next_attempt_at
+            assert due is not None
+            wait_for(
+                lambda: pipeline(api, pipeline_id).next_attempt_at,
+                60,
+                "a beat of the acceptance",
+                until=lambda later: later is not None and later > due,
+            )
+        finally:
+            held.set()
+        accepting.result(60)
+    assert pipeline(api, pipeline_id).state == "running"
+
+
+def test_a_fetch_ends_when_its_pipeline_is_cancelled(
+    api: Api, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accept, "_BEAT_SECONDS", 0)
+    pipeline_id = submit(api, spec_of(api, REFERENCE))
+    fetch = download.Download.fetch
+
+    def cancelled(self: download.Download, files: Any) -> dict[str, str]:
+        with transaction(api.gateway.engine) as session:
+            held = lock(session, pipeline_id)
+            assert held is not None
+            held.stopping = "cancelled"
+        return fetch(self, files)
+
+    monkeypatch.setattr(download.Download, "fetch", cancelled)
+    accept_pipeline(api.context(), pipeline_id)
+    assert {name for name, _ in hub.asked} == {"config.json"}
+    assert pipeline(api, pipeline_id).state == "accepting"
 
 
 def test_a_hub_that_stays_away_fails_the_pipeline_in_the_end(api: Api, hub: FakeHub) -> None:

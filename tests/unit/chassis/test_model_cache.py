@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stillhouse.chassis import download
 from stillhouse.chassis.download import nobody
 from stillhouse.chassis.errors import PermanentError, RetryableError
 from stillhouse.chassis.model_cache import ModelCache
@@ -112,6 +114,79 @@ def test_what_changed_on_the_disk_is_fetched_again(cache: ModelCache, damage: st
     with opening(cache, origin) as again:
         assert again == folder
         assert contents(again) == origin.data
+
+
+class Enough(Exception):
+    """What a watcher raises."""
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell of everything, not about once a second."""
+    monkeypatch.setattr(download, "_LOOK_SECONDS", 0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_checking_of_what_is_there_is_watched(cache: ModelCache) -> None:
+    """Weights of many gigabytes take minutes to read."""
+    origin, told = place("a"), list[tuple[int, int]]()
+    with opening(cache, origin):
+        pass
+
+    def watching(done: int, total: int) -> None:
+        told.append((done, total))
+
+    with cache.opened(origin, "weights", origin.pin(), everything, watching):
+        assert set(told) == {(0, 0)}
+
+    def enough(_done: int, _total: int) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        cache.opened(origin, "weights", origin.pin(), everything, enough).__enter__()
+    assert len(origin.read_files) == 2, "nothing was fetched again"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_size_in_all_is_told_when_it_is_known_and_not_that_of_a_first_file(
+    cache: ModelCache,
+) -> None:
+    origin, told = place("a"), list[tuple[int, int]]()
+
+    def choose(listed: Mapping[str, RemoteFile], small: Callable[[str], Path]) -> list[RemoteFile]:
+        small("config.json")
+        return everything(listed, small)
+
+    def watching(done: int, total: int) -> None:
+        told.append((done, total))
+
+    with cache.opened(origin, "weights", origin.pin(), choose, watching):
+        pass
+    assert {total for _, total in told} == {0, 100}
+    assert told[-1] == (100, 100)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("name", ["room", "folder"])
+def test_who_waits_for_another_process_may_have_enough(cache: ModelCache, name: str) -> None:
+    origin = place("a")
+    with opening(cache, origin) as folder:
+        pass
+    if name == "room":  # of another folder, which has to be fetched
+        origin = place("b")
+    lock = folder.parent / "room.lock" if name == "room" else Path(f"{folder}.lock")
+
+    def watching(_done: int, total: int) -> None:
+        if total == 0:
+            waited.append(1)
+        if len(waited) > 3:
+            raise Enough
+
+    waited: list[int] = []
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Enough):
+            cache.opened(origin, "weights", origin.pin(), everything, watching).__enter__()
 
 
 def test_other_content_is_another_folder(cache: ModelCache) -> None:

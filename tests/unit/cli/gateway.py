@@ -55,6 +55,28 @@ for _figures in ("teacher", "untrained", "model"):
     REPORT[_figures] |= {"rows": 8, "tokens": 80}
 
 
+def captured(teacher: str | None) -> Json:
+    """What was recorded of one teacher, or of all."""
+    entries: list[Json] = [
+        {"teacher": "live", "records": 5, "failures": 2, "cost_microusd": 300_000},
+        {"teacher": "spare", "records": 1, "failures": 0, "cost_microusd": 0},
+    ]
+    chosen = [entry for entry in entries if teacher in (None, entry["teacher"])]
+    of_live = any(entry["teacher"] == "live" for entry in chosen)
+    failure = {"at": AT, "teacher": "live", "reason": "no_done", "status": 200}
+    return {
+        "records": sum(entry["records"] for entry in chosen),
+        "failures": sum(entry["failures"] for entry in chosen),
+        "cost_microusd": sum(entry["cost_microusd"] for entry in chosen),
+        "teachers": [{**entry, "first_at": AT, "last_at": AT} for entry in chosen],
+        "next": None,
+        "tags_left_out": 0,
+        "tags": {"app": {"shop": 1, "support": 3}, "team": {"a": 2}} if of_live else {},
+        "reasons": {"no_done": 2} if of_live else {},
+        "last_failures": [{**failure, "detail": "it broke off"}] if of_live else [],
+    }
+
+
 class FakeGateway:
     """Answers by a table of paths; remembers what it was asked."""
 
@@ -74,6 +96,8 @@ class FakeGateway:
         }
         if method == "PUT":
             return 201, {"reference": f"upload:{path.rsplit('/', 1)[1]}"}
+        if path == "/v1/captured":
+            return 200, captured(query.get("teacher"))
         if path == "/v1/pipelines" and method == "POST":
             return 202, {"pipeline_id": "pl-1", "name": "demo", "created_at": AT}
         if path == "/v1/pipelines":

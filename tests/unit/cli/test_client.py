@@ -329,6 +329,29 @@ def test_events_are_followed_over_connections_each_once(monkeypatch: pytest.Monk
     assert asked == ["1", "3", "3", "3", "4"]
 
 
+def test_a_gateway_without_a_stream_to_spare_is_read_in_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "_POLL", 0.001)
+    pages = [[2, 3], [], [4]]
+    streams = [httpx.Response(429, json={"detail": "too many event streams"}) for _ in pages]
+    streams.append(httpx.Response(204))
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/stream"):
+            return streams.pop(0)
+        asked.append(request.url.params["after"])
+        items = [{"sequence": number} for number in pages.pop(0)]
+        return httpx.Response(200, json={"items": items, "next": None})
+
+    with client_of(answer) as client:
+        found = list(client.follow("pl-1", after=1))
+
+    assert [entry["sequence"] for entry in found] == [2, 3, 4]
+    assert asked == ["1", "3", "3"]
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [

@@ -164,6 +164,34 @@ def test_following_events_ends_with_the_pipeline(run: Run, gateway: FakeGateway)
     assert len(run("events", "pl-1", "--follow").out.splitlines()) == 1
 
 
+def test_following_events_ends_at_the_limit_though_the_pipeline_goes_on(run: Run) -> None:
+    said = run("events", "pl-1", "--follow", "--limit", "1")
+
+    assert (said.code, len(said.out.splitlines())) == (0, 1)
+
+
+def test_captured_shows_teachers_tags_and_failures(run: Run, gateway: FakeGateway) -> None:
+    at = "2026-01-02 03:04:05"
+    assert run("captured").out.splitlines() == [
+        f"teacher  records  failures   cost  first{' ' * 16}last",
+        f"live           5         2  $0.30  {at}  {at}",
+        f"spare          1         0  $0.00  {at}  {at}",
+        "",
+        "teacher  tag   value    records",
+        "live     app   support        3",
+        "live     app   shop           1",
+        "live     team  a              2",
+        "",
+        "failures: no_done 2; the last ones:",
+        "at                   teacher  reason   status  detail",
+        f"{at}  live     no_done     200  it broke off",
+    ]
+    gateway.asked.clear()
+    assert "spare" not in run("captured", "--teacher", "live").out
+    assert [query for _, _, query, _ in gateway.asked] == [{"teacher": "live"}]
+    assert run("captured", "--teacher", "none").out == "nothing was recorded of none\n"
+
+
 def test_pull_makes_the_folder_and_prints_where(run: Run, tmp_path: Path) -> None:
     said = run("pull", "pl-1", "--to", "mine")
 
@@ -187,6 +215,7 @@ def test_cancel_says_what_became_of_it(run: Run) -> None:
         ("report", "pl-1"),
         ("pull", "pl-1"),
         ("cancel", "pl-1"),
+        ("captured",),
         ("init", "new.yaml"),
     ],
     ids=" ".join,

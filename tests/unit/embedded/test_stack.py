@@ -81,6 +81,21 @@ def test_a_service_gets_its_own_variables_and_no_others(stack, tmp_path, monkeyp
     assert rows["teacher_gateway.worker"].env["TEACHER_KEY_QWEN"] == "hush"
 
 
+def test_what_is_passed_may_be_sent_to_a_teacher_and_nothing_else(stack, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANY_KEY", "a")
+    monkeypatch.setenv("ONE_KEY", "b")
+    rows = table(stack(pass_env=("ANY_KEY", "ONE_KEY@llm.example")), tmp_path)
+    env = rows["teacher_gateway.api"].env
+    assert env["TEACHER_GATEWAY_SECRET_HOSTS"] == "ANY_KEY@*,ONE_KEY@llm.example"
+    assert env["ONE_KEY"] == "b"
+    assert "TEACHER_GATEWAY_SECRET_HOSTS" not in rows["trainer.worker"].env
+    unasked = table(stack(), tmp_path)["teacher_gateway.worker"].env
+    assert "TEACHER_GATEWAY_SECRET_HOSTS" not in unasked
+    monkeypatch.setenv("TEACHER_GATEWAY_SECRET_HOSTS", "ANY_KEY@llm.example")
+    rows = table(stack(pass_env=("ANY_KEY",)), tmp_path)
+    assert rows["teacher_gateway.api"].env["TEACHER_GATEWAY_SECRET_HOSTS"] == "ANY_KEY@llm.example"
+
+
 def test_a_variable_to_pass_that_is_not_set_is_named(stack, tmp_path):
     with pytest.raises(StackError, match="--pass-env names NO_SUCH_KEY"):
         stack(pass_env=("NO_SUCH_KEY",)).table(tmp_path)

@@ -153,13 +153,25 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(
             assert torch.allclose(model.lm_head(states).double(), _logits(model, row), atol=1e-4)
 
 
-def test_text_rows_count_for_the_loss_alone(models: tuple[Any, Any]) -> None:
+def test_text_rows_have_what_the_teachers_weights_tell(models: tuple[Any, Any]) -> None:
     model, reference = models
     row = _rows(1)[0]
     with_signal, text = _score(model, reference, [row, replace(row, signal=None)])
-    assert text.scored == text.top1 == text.kl_top20 == 0
+    assert text.scored == text.kl_top20 == 0
     assert text.nll == with_signal.nll
     assert text.kl_full == with_signal.kl_full
+    assert (text.top1, text.ranked) == (_plain_full(model, reference, row)["top1"], row.supervised)
+    (itself,) = _score(reference, reference, [replace(row, signal=None)])
+    assert itself.top1 == itself.ranked == row.supervised
+
+
+def test_text_rows_count_for_the_loss_alone_where_no_weights_are_known(
+    models: tuple[Any, Any],
+) -> None:
+    (text,) = _score(models[0], None, [replace(_rows(1)[0], signal=None)])
+    assert text.scored == text.ranked == text.top1 == text.kl_top20 == 0
+    assert text.kl_full is None
+    assert text.nll > 0
 
 
 def test_every_outcome_stored_leaves_no_tail(models: tuple[Any, Any]) -> None:

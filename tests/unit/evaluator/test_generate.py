@@ -61,9 +61,22 @@ def test_an_answer_ends_at_the_end_of_turn_and_leaves_the_batch(model: Any) -> N
         assert after.stopped == (cut is not None)
 
 
+def test_a_long_prompt_takes_no_room_from_the_answers_beside_it(model: Any) -> None:
+    """How long an answer may be follows from its own prompt; the context has 512 positions."""
+    short, long = g.Prompt("short", (20, 21), 0.0), g.Prompt("long", (7,) * 507, 0.0)
+    alone = [_generate(model, [prompt], eos_id=END_ID)[0] for prompt in (short, long)]
+    assert [len(answer.ids) for answer in alone] == [8, 5]
+    assert _generate(model, [short, long], eos_id=END_ID) == alone
+
+
 def test_a_prompt_that_fills_the_context_gets_no_answer(model: Any) -> None:
     full = g.Prompt("row", (7,) * 512, 0.0)
     assert _generate(model, [full]) == [g.Continuation([], False)]
+    beside = _prompts(0)
+    assert _generate(model, [full, *beside]) == [
+        g.Continuation([], False),
+        *_generate(model, beside),
+    ]
 
 
 def test_draws_follow_the_models_probabilities() -> None:

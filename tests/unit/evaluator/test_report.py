@@ -128,7 +128,13 @@ def _scored(signal: StoredTopK | None, drawn: bool = False) -> Row:
             ["file:/w"],
             "file:/w",
             [_scored(None)],
-            {"kl_top20": "text alone", "top1": "not known"},
+            {"kl_top20": "text alone"},
+        ),
+        (
+            [None],
+            None,
+            [_scored(None)],
+            {"kl_full": "no weights", "kl_top20": "text alone", "top1": "not known"},
         ),
         (["file:/w"], "file:/w", [_scored(None, drawn=True)], {"kl_top20": "biased"}),
         (

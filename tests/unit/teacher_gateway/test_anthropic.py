@@ -55,6 +55,8 @@ TALK = [
     {"role": "user", "content": "And?"},
 ]
 
+KEY = "s3cret-key-0042"
+
 
 def teacher(**more: Any) -> Teacher:
     return Teacher.model_validate(
@@ -77,7 +79,7 @@ def client(kind: str = "text", temperature: float = 1.0) -> AnthropicTeacher:
         None,  # type: ignore[arg-type]
         teacher(),
         Signal.model_validate(signal),
-        "s3cret-key-0042",
+        KEY,
     )
 
 
@@ -89,9 +91,8 @@ def ask_all(url: str, *calls: Call) -> list[Outcome]:
     signal = Signal.model_validate({"kind": "text", "max_tokens": 9})
 
     async def ask() -> list[Outcome]:
-        environ = {"LLM_KEY": "s3cret-key-0042"}
         spec = teacher(url=url)
-        async with open_anthropic(spec, signal, environ=environ, private=True) as opened:
+        async with open_anthropic(spec, signal, key=KEY, private=True) as opened:
             return [await opened.ask(each, deadline=30) for each in calls]
 
     return asyncio.run(ask())
@@ -422,7 +423,7 @@ def test_an_account_at_its_limit_costs_no_item(message: str) -> None:
 
 
 def test_the_published_schema_takes_what_is_asked(tmp_path: Path) -> None:
-    with running_teacher(tmp_path / "log", api="anthropic", api_key="s3cret-key-0042") as running:
+    with running_teacher(tmp_path / "log", api="anthropic", api_key=KEY) as running:
         running.script(
             Fault("tool_call", match="[tool]"),
             Fault("reasoning", match="[think]"),

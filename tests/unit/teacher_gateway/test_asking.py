@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from services.teacher_gateway.asking import Asked, Attempt, Fenced, Result
+from services.teacher_gateway.asking import Ask, Asked, Attempt, Result
+from services.teacher_gateway.holding import Fenced
 from services.teacher_gateway.parts import PART_ANSWERS, decode_part
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
@@ -103,7 +104,7 @@ def items(count: int) -> list[Asked]:
     ]
 
 
-def attempt(books: Books, ask: Teacher, concurrency: int = 4, **times: Any) -> Attempt:
+def attempt(books: Books, ask: Ask, concurrency: int = 4, **times: Any) -> Attempt:
     return Attempt(
         ask,
         books,
@@ -116,7 +117,7 @@ def attempt(books: Books, ask: Teacher, concurrency: int = 4, **times: Any) -> A
     )
 
 
-def run(books: Books, ask: Teacher, count: int, **more: Any) -> Result:
+def run(books: Books, ask: Ask, count: int, **more: Any) -> Result:
     async def main() -> Result:
         return await asyncio.wait_for(attempt(books, ask, **more).run(items(count)), 10)
 
@@ -253,11 +254,51 @@ def test_a_wait_beyond_the_attempt_is_not_slept() -> None:
 AWAY = Retry("teacher_error", "status 503", away=True)
 
 
+def test_a_pause_that_one_caller_was_asked_for_holds_up_all() -> None:
+    asked_for = Retry("teacher_rate_limited", "slow down", after=0.3)
+    ask = Teacher(i_0=[asked_for, Answered("{}", Usage(1, 1))])
+    ask.latency = 0.05
+    began: list[float] = []
+
+    async def noting(call: Call, *, deadline: float) -> Outcome:
+        began.append(time.monotonic())
+        return await ask(call, deadline=deadline)
+
+    assert len(run(Books(), noting, 10, concurrency=2, attempt=5).answers) == 10
+    # Beside the two that were under way.
+    assert began[2] - began[0] >= 0.3
+
+
+def test_an_item_that_nobody_answers_is_asked_so_often_and_given_up() -> None:
+    ask = Teacher(i_0=[Retry("teacher_error", "status 500")])
+    result = run(Books(), ask, 1, attempt=5)
+    assert ask.calls == ["i-0"] * TIMES.tries
+    assert [gone.reason for gone in result.given_up] == ["teacher_error"]
+
+
+def test_waits_between_tries_grow_and_no_two_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers who failed together must not come back together."""
+    waits: list[float] = []
+
+    async def note(_: Attempt, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(Attempt, "_pause", note)
+    ask = Teacher(**{f"i_{n}": [AWAY, AWAY, Answered("{}", Usage(1, 1))] for n in range(8)})
+    assert len(run(Books(), ask, 8, attempt=5, concurrency=1).answers) == 8
+    assert len(ask.calls) == 24
+    first, second = waits[::2], waits[1::2]
+    assert len(set(waits)) == 16
+    for factor, found in ((1, first), (2, second)):
+        assert all(0.5 <= wait / TIMES.try_backoff / factor <= 1.5 for wait in found)
+    assert sum(second) > 1.3 * sum(first)
+
+
 def ask_with_question(
     ask: Teacher, answer: Retry | None, *, suspect: bool = False, count: int = 3, **times: Any
 ) -> tuple[Result, int]:
     """Run an attempt with a question that has this answer; return how often it was asked too."""
-    asked = 0
+    asked, patient = 0, {"attempt": 30, "lease_ttl": 60}
 
     async def question(*, deadline: float) -> Retry | None:
         nonlocal asked
@@ -270,7 +311,7 @@ def ask_with_question(
             ask,
             Books(),
             price=Price(input=1, output=1),
-            times=dataclasses.replace(TIMES, **times),
+            times=dataclasses.replace(TIMES, **(patient | times)),
             concurrency=4,
             call_seconds=TIMES.call,
             started=time.monotonic(),
@@ -312,9 +353,28 @@ def test_after_an_attempt_without_a_teacher_the_question_goes_first() -> None:
     assert (asked, result.away, len(result.answers)) == (1, None, 3)
 
 
+def test_only_what_the_teacher_did_or_a_long_silence_makes_it_away_to_all() -> None:
+    hasty = Retry("teacher_timeout", "late", lost=True, away=True, waited=0.05)
+    asked_long = dataclasses.replace(hasty, waited=TIMES.call / 2)
+    no_connection = Retry("teacher_unreachable", "late", away=True, waited=0.05)
+    late: dict[str, Any] = {"attempt": 0.99}  # no time is left for the question
+    for outcome, answer, times, questions, to_all in (
+        (hasty, hasty, {}, 1, False),
+        (hasty, asked_long, {}, 1, True),
+        (hasty, AWAY, {}, 1, True),
+        (no_connection, hasty, {}, 1, False),
+        (dataclasses.replace(no_connection, waited=None), hasty, {}, 0, True),
+        (hasty, AWAY, late, 0, False),
+        (AWAY, AWAY, late, 0, True),
+    ):
+        result, asked = ask_with_question(Teacher(i_0=[outcome]), answer, count=1, **times)
+        assert result.away is not None
+        assert (asked, result.away_to_all) == (questions, to_all)
+
+
 def test_where_no_time_is_left_to_ask_the_next_attempt_does() -> None:
     for suspect, away in ((False, AWAY), (True, None)):
         result, asked = ask_with_question(
-            Teacher(i_0=[AWAY]), None, suspect=suspect, count=1, attempt=0.9
+            Teacher(i_0=[AWAY]), None, suspect=suspect, count=1, attempt=0.99
         )
         assert (asked, result.away) == (int(suspect), away)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any
 
 import msgspec
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from services.teacher_gateway.capture.asked import Asked, read_body
 from services.teacher_gateway.capture.memory import Memory
 from services.teacher_gateway.capture.refusal import Refusal, error_body
-from services.teacher_gateway.capture.registrations import Registration, _rates
-from services.teacher_gateway.ledger import cost_microusd
+from services.teacher_gateway.capture.registrations import Registration
+from services.teacher_gateway.ledger import Rates
 from stillhouse.chassis.errors import RetryableError
 from stillhouse.contracts.spec import Price
 
@@ -127,13 +129,12 @@ def test_what_decides_must_be_what_it_should_be(body: dict[str, Any]) -> None:
     st.integers(0, 10**7),
     st.integers(0, 10**7),
 )
-def test_a_call_costs_what_the_ledger_says(
+def test_rates_in_whole_numbers_cost_what_the_price_says_rounded_up(
     into: Any, out: Any, prompt_tokens: int, answer_tokens: int
 ) -> None:
     price = Price(input=float(into), output=float(out))
-    rate_in, rate_out, unit = _rates(price)
-    counted = -(-(rate_in * prompt_tokens + rate_out * answer_tokens) // unit)
-    assert counted == cost_microusd(price, prompt_tokens, answer_tokens)
+    exact = Fraction(str(price.input)) * prompt_tokens + Fraction(str(price.output)) * answer_tokens
+    assert Rates.of(price).cost(prompt_tokens, answer_tokens) == math.ceil(exact)
 
 
 def test_an_error_is_in_openais_form() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.teacher_gateway.capture import failures
-from services.teacher_gateway.capture.completion import Unusable, assemble, whole_answer
+from services.teacher_gateway.capture.completion import Unusable, whole_answer
 from services.teacher_gateway.capture.sse import Passing, data_of
 from tests.support.streamed import chunks_of
 
@@ -50,6 +50,11 @@ def streamed(answer: dict[str, Any], **how: Any) -> bytes:
     return sse(list(chunks_of(answer, usage=True)), **how)
 
 
+def put_together(stream: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(whole_answer(stream, streamed=True))
+    return found
+
+
 CALLS = [
     {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}},
     {"id": "call_2", "type": "function", "function": {"name": "go", "arguments": '{"to": "x"}'}},
@@ -85,7 +90,7 @@ def test_choices_and_calls_that_come_in_turns_are_told_apart() -> None:
     def call(index: int, **function: str) -> list[dict[str, Any]]:
         return [{"index": index, "function": function}]
 
-    found = assemble(
+    found = put_together(
         sse(
             [
                 part(1, content="b"),
@@ -105,12 +110,23 @@ def test_choices_and_calls_that_come_in_turns_are_told_apart() -> None:
     assert [c["finish_reason"] for c in found["choices"]] == ["tool_calls", "length"]
 
 
+def test_a_call_in_a_great_many_pieces_is_put_together() -> None:
+    def part(piece: str) -> dict[str, Any]:
+        call = {"index": 0, "function": {"arguments": piece}}
+        return {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]}
+
+    ending = {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
+    found = put_together(sse([*(part(f"{n},") for n in range(20_000)), ending]))
+    (call,) = found["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == "".join(f"{n}," for n in range(20_000))
+
+
 def test_a_legacy_stream_gives_a_text_completion() -> None:
     chunks = [
         {"id": "c", "choices": [{"index": 0, "text": "one ", "finish_reason": None}]},
         {"id": "c", "choices": [{"index": 0, "text": "two", "finish_reason": "stop"}]},
     ]
-    found = assemble(sse(chunks))
+    found = put_together(sse(chunks))
     assert found["object"] == "text_completion"
     assert found["choices"][0]["text"] == "one two"
 
@@ -130,11 +146,17 @@ def test_a_legacy_stream_gives_a_text_completion() -> None:
         (b"data: " + b"[" * 100_000 + b"\n\n", failures.TEACHER_INVALID),
         (b"<html>gone</html>", failures.TRUNCATED),
         (sse([{"error": {"message": "overloaded"}}]), failures.TEACHER_ERROR),
+        (sse([{"choices": [{"delta": {}, "logprobs": 7}]}]), failures.TEACHER_INVALID),
+        (sse([{"choices": [{"delta": {}, "logprobs": {"content": 7}}]}]), failures.TEACHER_INVALID),
+        (
+            b'data: {"choices": [{"delta": {}, "logprobs": {"content": ["\xff"]}}]}\n\n',
+            failures.TEACHER_INVALID,
+        ),
     ],
 )
 def test_what_is_not_whole_is_no_answer(stream: bytes, reason: str) -> None:
     with pytest.raises(Unusable) as found:
-        assemble(stream)
+        whole_answer(stream, streamed=True)
     assert found.value.reason == reason
 
 
@@ -146,6 +168,28 @@ def test_what_is_not_whole_is_no_answer(stream: bytes, reason: str) -> None:
 def test_a_body_that_is_no_completion_is_no_answer(body: bytes) -> None:
     with pytest.raises(Unusable):
         whole_answer(body, streamed=False)
+
+
+@pytest.mark.parametrize("count", [-1, (1 << 40) + 1, 10**30, 1e400, "7", [1]])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_count_of_tokens_that_cannot_be_makes_an_answer_unusable(
+    count: Any, stream: bool
+) -> None:
+    answer = completion(content="text")
+    answer["usage"] = {"prompt_tokens": 1, "completion_tokens": count}
+    body = streamed(answer) if stream else json.dumps(answer).encode()
+    with pytest.raises(Unusable, match=r"no count of tokens|no chat completion"):
+        whole_answer(body, streamed=stream)
+    passing = Passing(usage_hidden=False)
+    passing.feed(streamed(answer))
+    assert passing.usage is None, "it is not billed by either"
+
+
+def test_a_count_of_tokens_may_be_left_out_or_as_large_as_any_can_be() -> None:
+    answer = completion(content="text")
+    for usage in (None, {}, {"total_tokens": 1 << 40}, {"prompt_tokens": None, "more": {}}):
+        answer["usage"] = usage
+        assert json.loads(whole_answer(json.dumps(answer).encode(), streamed=False)) == answer
 
 
 def test_a_whole_body_is_kept_as_it_came_on_one_line() -> None:
@@ -181,6 +225,33 @@ def test_wherever_a_stream_is_cut_the_client_gets_it_whole_but_for_the_usage(
     assert (passing.usage.prompt_tokens, passing.usage.completion_tokens) == (7, 5)
     expected = [data for data in data_of(stream) if b'"prompt_tokens"' not in data]
     assert list(data_of(passed)) == expected
+
+
+def test_an_event_without_an_end_is_searched_once() -> None:
+    """Each byte is looked at a few times, however small the pieces are that it comes in."""
+    seen = 0
+
+    class Counted(bytes):
+        """What is made of it by adding or joining is counted."""
+
+        def __add__(self, other: bytes) -> bytes:
+            nonlocal seen
+            seen += len(self) + len(other)
+            return bytes(self) + other
+
+        def __radd__(self, other: bytes) -> bytes:
+            nonlocal seen
+            seen += len(self) + len(other)
+            return other + bytes(self)
+
+    passing = Passing(usage_hidden=True)
+    piece = Counted(b"x" * 100)
+    for _ in range(2000):
+        assert passing.feed(piece) == b""
+    assert seen < 10 * 2000 * len(piece)
+    assert passing.unfinished >= 2000 * len(piece)
+    assert passing.feed(b"\n\n") == bytes(piece) * 2000 + b"\n\n"
+    assert passing.unfinished == 0
 
 
 def test_a_client_that_asked_for_the_usage_gets_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from services.teacher_gateway.egress import EgressRefused
 from services.teacher_gateway.teachers import endpoint
-from services.teacher_gateway.teachers.endpoint import Reply, open_session, post
+from services.teacher_gateway.teachers.endpoint import Reply, open_session, post, without_key
 from services.teacher_gateway.teachers.outcomes import Retry
 from stillhouse.contracts.spec import Teacher as TeacherSpec
 from tests.support.teacher import MODEL, Fault, Teacher, running_teacher
@@ -26,7 +26,13 @@ def teacher(tmp_path: Path) -> Iterator[Teacher]:
 
 
 def fetch_all(
-    url: str, times: int, *, deadline: float = 60, cap: int = 1 << 20, private: bool = True
+    url: str,
+    times: int,
+    *,
+    key: str | None = None,
+    deadline: float = 60,
+    cap: int = 1 << 20,
+    private: bool = True,
 ) -> list[Reply | Retry]:
     """Post the same request several times over one session."""
     asked = TeacherSpec.model_validate(
@@ -41,13 +47,14 @@ def fetch_all(
 
     async def ask() -> list[Reply | Retry]:
         where = f"{url}/chat/completions"
+        sent = {"Authorization": f"Bearer {key}"} if key else {}
         async with open_session(asked, private=private, connections=1) as session:
             return [
-                await post(session, where, {}, BODY, cap=cap, deadline=deadline)
+                await post(session, where, sent, BODY, key=key, cap=cap, deadline=deadline)
                 for _ in range(times)
             ]
 
-    return asyncio.run(ask())
+    return asyncio.run(asyncio.wait_for(ask(), 60))
 
 
 def fetch(url: str, **how: Any) -> Reply | Retry:
@@ -95,6 +102,14 @@ def test_a_reply_has_a_cap(teacher: Teacher) -> None:
     assert (outcome.reason, outcome.lost) == ("teacher_invalid", True)
 
 
+def test_a_packed_reply_is_not_unpacked(teacher: Teacher) -> None:
+    teacher.script(Fault("gzip_bomb", size=16 << 20))
+    outcome = fetch(teacher.url)
+    assert isinstance(outcome, Reply)
+    assert outcome.body.startswith(b"\x1f\x8b")
+    assert len(outcome.body) < 1 << 16
+
+
 def test_addresses_are_checked_where_the_connection_is_made(teacher: Teacher) -> None:
     with pytest.raises(EgressRefused):
         fetch(teacher.url, private=False)
@@ -111,3 +126,21 @@ def test_redirects_are_not_followed_and_cookies_not_kept(teacher: Teacher) -> No
     assert isinstance(second, Reply)
     assert (first.status, second.status) == (302, 302)
     assert [seen["cookie"] for seen in teacher.requests] == [None, None]
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_a_key_comes_back_in_nothing_that_a_teacher_says(teacher: Teacher, status: int) -> None:
+    key = "sk-a/b+c-0123456789"
+    teacher.script(Fault("status", status=status, message=f"no plan for {key}"))
+    outcome = fetch(teacher.url, key=key)
+    assert isinstance(outcome, Reply)
+    assert outcome.status == status
+    assert b'"no plan for [key]"' in outcome.body
+    assert without_key(b'{"say": "sk-a\\/b+c-0123456789"}', key) == b'{"say": "[key]"}'
+
+
+def test_a_word_that_a_server_wants_for_a_key_stays_where_it_stands(teacher: Teacher) -> None:
+    teacher.script(Fault("status", status=400, message="none of them"))
+    outcome = fetch(teacher.url, key="none")
+    assert isinstance(outcome, Reply)
+    assert b"none of them" in outcome.body

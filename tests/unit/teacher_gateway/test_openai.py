@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.teacher_gateway.teachers.endpoint import api_key, retry_after
+from services.teacher_gateway.teachers.endpoint import retry_after
 from services.teacher_gateway.teachers.openai import OpenAITeacher, open_openai
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
@@ -20,7 +20,6 @@ from services.teacher_gateway.teachers.outcomes import (
     Usage,
 )
 from services.teacher_gateway.timeouts import DEPLOYED, EMBEDDED
-from stillhouse.chassis.errors import PermanentError
 from stillhouse.contracts.chat import Message
 from stillhouse.contracts.spec import Signal, Teacher
 from tests.support.teacher import MODEL, Fault, running_teacher
@@ -52,8 +51,8 @@ def ask_all(url: str, *calls: Call, kind: str = "text", **more: Any) -> list[Out
     signal = Signal.model_validate({"kind": kind, "k": 5, "max_tokens": 9})
 
     async def ask() -> list[Outcome]:
-        environ = {"LLM_KEY": "s3cret-key-0042"}
-        async with open_openai(asked, signal, environ=environ, private=True) as client:
+        key = "s3cret-key-0042" if asked.api_key else None
+        async with open_openai(asked, signal, key=key, private=True) as client:
             return [await client.ask(call, deadline=30) for call in calls]
 
     return asyncio.run(ask())
@@ -304,17 +303,6 @@ def test_text_needs_no_logprobs() -> None:
 )
 def test_retry_after_is_read_in_both_forms(header: str, seconds: float | None) -> None:
     assert retry_after({"Retry-After": header}, 60.0) == seconds
-
-
-def test_a_key_comes_from_the_environment_and_never_from_our_own_variables() -> None:
-    named = teacher(api_key={"env": "LLM_KEY"})
-    assert api_key(named, {"LLM_KEY": "s3cret"}) == "s3cret"
-    assert api_key(teacher(), {}) is None
-    with pytest.raises(PermanentError, match="LLM_KEY"):
-        api_key(named, {})
-    for own in ("TEACHER_GATEWAY_KEY_PEPPER", "AWS_SECRET_ACCESS_KEY"):
-        with pytest.raises(PermanentError, match="not a teacher's key"):
-            api_key(teacher(api_key={"env": own}), {own: "x"})
 
 
 def test_both_tables_of_timeouts_hold() -> None:

@@ -14,6 +14,8 @@ from services.teacher_gateway.preflight.answers import (
     first_list,
     ids_match,
     largest_change,
+    length_of,
+    lists_characters,
 )
 from tests.support.tiny_tokenizer import END_ID, tiny_chat_tokenizer
 
@@ -91,6 +93,22 @@ def test_ids_must_decode_to_the_text(text: str, finish: str, matches: bool) -> N
     answer = body([{"id": 97, "logprob": -0.1}], text, finish)
     assert ids_match(answer, tiny_chat_tokenizer()) is matches
     assert ended_by_itself(answer) is (finish == "stop")
+
+
+def test_a_character_that_is_listed_once_for_its_tokens_is_told_from_another_text() -> None:
+    def spoken(text: str) -> str:
+        answer = json.loads(body([], text, "length"))
+        answer["choices"][0]["logprobs"]["content"] = [
+            {"id": 97, "logprob": -0.1, "bytes": [97]},
+            {"id": 169, "logprob": -0.1, "bytes": [195, 169]},
+        ]
+        return json.dumps(answer)
+
+    once = spoken("a\u00e9")
+    assert (ids_match(once, tiny_chat_tokenizer()), lists_characters(once)) == (False, True)
+    other = spoken("a\u00e8")
+    assert (ids_match(other, tiny_chat_tokenizer()), lists_characters(other)) == (False, False)
+    assert length_of(once, tiny_chat_tokenizer()) == 3
 
 
 def test_an_answer_without_ids_or_beside_reasoning_is_not_judged() -> None:

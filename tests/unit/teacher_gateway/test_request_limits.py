@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_probes_are_answered_whatever_the_host() -> None:
     assert ask([(b"host", b"10.0.0.7:8080")], path="/readyz")[0] == 200
 
 
-@pytest.mark.parametrize("length", [b"1001", b"9" * 40, b"-1", b"1e3", b"x"])
+@pytest.mark.parametrize("length", [b"1001", b"9" * 40])
 def test_an_announced_length_over_the_limit_is_refused_unread(length: bytes) -> None:
     status, body, _ = ask([HOST, (b"content-length", length)])
     assert status == 413
@@ -99,11 +100,30 @@ def test_an_announced_length_over_the_limit_is_refused_unread(length: bytes) -> 
     assert "PUT /v1/uploads" in body
 
 
+@pytest.mark.parametrize("length", [b"-1", b"1e3", b"x", b""])
+def test_a_length_that_is_no_number_is_refused(length: bytes) -> None:
+    status, body, _ = ask([HOST, (b"content-length", length)])
+    assert status == 400
+    assert "expected a number" in body
+
+
 def test_an_unannounced_body_is_counted_as_it_comes_and_never_kept() -> None:
     chunks = (b"x" * 100 for _ in range(50))
     status, body, taken = ask([HOST, (b"transfer-encoding", b"chunked")], chunks)
     assert (status, taken) == (413, 50), "the rest is read, so that the client hears the answer"
     assert "too-large" in body
+
+
+def test_a_refused_body_takes_no_memory() -> None:
+    chunks = [b"x" * 65_536] * 500  # 33 MB, of which the test itself holds one chunk
+    tracemalloc.start()
+    try:
+        status, _, taken = ask([HOST], chunks)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (status, taken) == (413, 500)
+    assert peak < 2**20
 
 
 def test_reading_a_refused_body_ends_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,45 @@ def test_only_text_is_learnt_of_a_teacher_with_another_tokenizer(
     assert (alone.source, alone.reference) == (f"file:{tmp_path / 'weights'}", None)
 
 
+# A teacher whose weights the trainer holds
+
+
+def compared(files: Path, reference: str, kind: str = "topk") -> Spec:
+    posted = posted_spec(files)
+    posted["teachers"][0]["reference"] = reference
+    training = {"loss": "reverse_kl", "distribution": "weights"}
+    return Spec.model_validate({**posted, "signal": {"kind": kind}, "training": training})
+
+
+@pytest.mark.parametrize("kind", ["topk", "text", "auto"])
+def test_a_teacher_that_is_compared_in_full_has_the_students_tokenizer(
+    tmp_path: Path, kind: str
+) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    error = refused(tmp_path, compared(tmp_path, other, kind))
+    assert error.reason == "tokenizer_mismatch"
+    assert other in str(error)
+    assert f"file:{tmp_path / 'weights'}" in str(error)
+    assert "`training.loss: sft` with `signal.kind: text`" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["topk", "text", "auto"])
+def test_a_teacher_that_is_compared_in_full_has_an_output_layer_of_the_students_size(
+    tmp_path: Path, kind: str
+) -> None:
+    padded = f"file:{weights_folder(tmp_path / 'padded', vocabulary=264)}"
+    error = refused(tmp_path, compared(tmp_path, padded, kind))
+    assert error.reason == "vocabulary_mismatch"
+    assert f"{padded} has an output layer for 264 ids" in str(error)
+    assert f"file:{tmp_path / 'weights'} for 258" in str(error)
+    assert "leave `distribution` out" in str(error)
+    stored = find_tokenizer(spec(tmp_path, padded), file_sources(tmp_path))
+    assert stored.reference == padded, "padding matters to nobody else"
+    for same in (f"file:{weights_folder(tmp_path / 'same')}", f"file:{tmp_path / 'weights'}"):
+        found = find_tokenizer(compared(tmp_path, same, kind), file_sources(tmp_path))
+        assert found.reference == same
+
+
 def test_teachers_whose_signals_are_learnt_share_one_template(tmp_path: Path) -> None:
     one, two = (weights_folder(tmp_path / name) for name in ("one", "two"))
     (two / "chat_template.jinja").write_text(CHATML + " ")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from services.trainer import attention, matrices, memory
+from services.trainer import attention, gradients, matrices, memory
 from services.trainer.batches import collate
 from services.trainer.data import Row
 from services.trainer.gradients import Passes
@@ -114,6 +117,56 @@ def test_packed_rows_learn_what_each_row_learns_alone(
     assert found[0] == pytest.approx(wanted[0], rel=1e-9)
     for one, other in zip(found[1], wanted[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_a_window_is_looked_through_in_blocks_whatever_their_size(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Rows of many windows need no mask of their length squared."""
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    masks: list[int] = []
+    attend = attention.scaled_dot_product_attention
+
+    def seeing(*given: Any, **how: Any) -> Tensor:
+        if how.get("attn_mask") is not None:
+            masks.append(how["attn_mask"].numel())
+        found: Tensor = attend(*given, **how)
+        return found
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", seeing)
+    model = families(folder)["windowed"].double()
+    rows = rows_of(*LENGTHS)
+    wanted = plainly(model, rows)
+    found = learnt(model, rows, plan(60))
+    assert found[0] == pytest.approx(wanted[0], rel=1e-9)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+    assert masks
+    assert max(masks) <= block * (block + 8 - 1)
+
+
+def test_two_micro_batches_at_most_are_put_together_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may have any number of them."""
+    made: list[int] = []
+    monkeypatch.setattr(
+        gradients, "collate", lambda *given: (made.append(len(made)), collate(*given))[1]
+    )
+    used = itertools.count(1)
+    ahead: list[int] = []
+    with ThreadPoolExecutor(1) as inline:
+        # Whatever was asked for has been put together when the next one is used.
+        monkeypatch.setattr(gradients, "ThreadPoolExecutor", lambda *_, **__: nullcontext(inline))
+        model, rows = open_folder(folder), rows_of(*[9] * 12)
+        Passes(Training(loss="sft"), CPU, plan(9)).gradient(
+            model,
+            rows,
+            between=lambda: ahead.append((inline.submit(len, made).result()) - next(used)),
+        )
+    assert len(made) == len(ahead) == 12
+    assert max(ahead) == 1
 
 
 @pytest.mark.parametrize("library", [matrices.NATIVE, matrices.ONEDNN])

@@ -60,6 +60,20 @@ def test_what_a_token_keeps_grows_with_the_layers(folder: Path) -> None:
     assert found[0] >= 2 * 4 * (4 * hidden + 2 * model.config.intermediate_size)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_their_copies_are_not_counted_as_a_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """They are there once, however many tokens there are."""
+    model = open_folder(folder)
+    found = []
+    for tokens in (256, 1024):
+        monkeypatch.setattr(probe, "_TOKENS", tokens)
+        monkeypatch.setattr(probe, "_ROW", tokens // 2)
+        found.append(probe._activation_bytes(model, 4, CPU, dtype))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_bfloat16_is_chosen_only_where_it_is_clearly_faster() -> None:
     assert probe.choose({"float32": 1.5, "bfloat16": 1.0}) == "bfloat16"
     assert probe.choose({"float32": 1.1, "bfloat16": 1.0}) == "float32"

@@ -44,6 +44,7 @@ def upgrade() -> None:
         "tenants",
         sa.Column("tenant_id", sa.String(length=63), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("sent_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("tenant_id"),
     )
     op.create_table(
@@ -116,6 +117,7 @@ def upgrade() -> None:
         sa.Column("account", sa.String(length=63), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("microusd", BIG, nullable=False),
+        sa.Column("drawn", BIG, nullable=False),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.ForeignKeyConstraint(
             ["tenant_id", "account"],
@@ -151,6 +153,24 @@ def upgrade() -> None:
         "captured_by_time", "captured", ["tenant_id", "first_at", "batch_id"], unique=False
     )
     op.create_index("captured_by_age", "captured", ["tenant_id", "stored_at"], unique=False)
+    op.create_index(
+        "captured_by_teacher", "captured", ["tenant_id", "teacher", "stored_at"], unique=False
+    )
+    op.create_table(
+        "captured_totals",
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("teacher", sa.String(length=63), nullable=False),
+        sa.Column("records", BIG, nullable=False),
+        sa.Column("failures", BIG, nullable=False),
+        sa.Column("microusd", BIG, nullable=False),
+        sa.Column("first_at", sa.Float(), nullable=False),
+        sa.Column("last_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["tenant_id"],
+            ["tenants.tenant_id"],
+        ),
+        sa.PrimaryKeyConstraint("tenant_id", "teacher"),
+    )
     op.create_table(
         "pipelines",
         sa.Column("pipeline_id", sa.String(length=63), nullable=False),
@@ -187,6 +207,7 @@ def upgrade() -> None:
         sa.Column("next_attempt_at", sa.Float(), nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("sent_at", sa.Float(), nullable=False),
         sa.Column("first_training_step_at", sa.Float(), nullable=True),
         sa.Column("responses_completed_at", sa.Float(), nullable=True),
         sa.Column("ended_at", sa.Float(), nullable=True),
@@ -247,6 +268,7 @@ def upgrade() -> None:
         sa.Column("form", sa.Text(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("unwanted_since", sa.Float(), nullable=True),
+        sa.Column("absent_since", sa.Float(), nullable=True),
         sa.ForeignKeyConstraint(
             ["pipeline_id"],
             ["pipelines.pipeline_id"],
@@ -345,14 +367,33 @@ def upgrade() -> None:
         sa.Column("requests_at", sa.Float(), nullable=False),
         sa.Column("tokens_at", sa.Float(), nullable=False),
         sa.Column("tokens_unused", BIG, nullable=False),
+        sa.Column("requests_per_minute", BIG, nullable=True),
+        sa.Column("tokens_per_minute", BIG, nullable=True),
         sa.Column("concurrency", sa.Float(), nullable=True),
         sa.Column("lowered_at", sa.Float(), nullable=False),
         sa.Column("raised_at", sa.Float(), nullable=False),
-        sa.Column("pace", sa.Float(), nullable=True),
+        sa.Column("ended", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("cool_until", sa.Float(), nullable=False),
         sa.Column("away", sa.Integer(), nullable=False),
         sa.Column("open_until", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("endpoint"),
+    )
+    op.create_table(
+        "teacher_tenants",
+        sa.Column("endpoint", sa.String(length=64), nullable=False),
+        sa.Column("tenant_id", sa.String(length=63), nullable=False),
+        sa.Column("requests_at", sa.Float(), nullable=False),
+        sa.Column("tokens_at", sa.Float(), nullable=False),
+        sa.Column("tokens_unused", BIG, nullable=False),
+        sa.Column("requests_per_minute", BIG, nullable=True),
+        sa.Column("tokens_per_minute", BIG, nullable=True),
+        sa.Column("pace", sa.Float(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["endpoint"],
+            ["teacher_endpoints.endpoint"],
+        ),
+        sa.PrimaryKeyConstraint("endpoint", "tenant_id"),
     )
     op.create_table(
         "teacher_shares",
@@ -378,6 +419,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("teacher_shares")
+    op.drop_table("teacher_tenants")
     op.drop_table("teacher_endpoints")
     op.drop_table("cached_answers")
     op.drop_table("provider_batches")
@@ -387,6 +429,7 @@ def downgrade() -> None:
     op.drop_table("charges")
     op.drop_table("batches")
     op.drop_table("pipelines")
+    op.drop_table("captured_totals")
     op.drop_table("captured")
     op.drop_table("tranches")
     op.drop_table("teachers")
