@@ -14,7 +14,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from sqlalchemy import delete, update
 
 from services.teacher_gateway.admission import admit
 from services.teacher_gateway.auto_signal import TeacherAway, resolve_signals
+from services.teacher_gateway.batch_input import bytes_bound, counts_as_we_do
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import Session, insert_new, now, transaction
 from services.teacher_gateway.ledger import changed, lock
@@ -58,7 +59,7 @@ from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.canonical import canonical_json, sha256_hex
 from stillhouse.contracts.events import PipelineAccepted, StageFailed
 from stillhouse.contracts.responses import PROMPT_SCHEMA, item_id, prompt_id
-from stillhouse.contracts.spec import ResolvedSpec, Spec, spec_digest
+from stillhouse.contracts.spec import ResolvedSpec, Signal, Spec, spec_digest
 
 log = logger(__name__)
 
@@ -215,7 +216,7 @@ def _prepare(
         )
         planned = plan(prompts, spec)
         _record_refused(context, pipeline, refused)
-        written = _write_prompts(context, pipeline, file, planned, spec, alive)
+        written = _write_prompts(context, pipeline, file, planned, spec, signals, alive)
     crash_point("acceptance_prompts")
     digest = spec_digest(spec)
     dataset = artifacts.dataset_id(pipeline_id, digest)
@@ -271,10 +272,12 @@ def _write_prompts(
     file: BinaryIO,
     planned: Plan,
     spec: Spec,
+    signals: Mapping[str, Signal],
     alive: Callable[[], None],
 ) -> list[_Written]:
     reading = threading.Lock()
     given = {teacher.name for teacher in spec.teachers if teacher.answers}
+    ours = {t.name for t in spec.teachers if counts_as_we_do(t, signals[t.name])}
     # Batches of answers given along are large, and a writer holds one whole.
     writers = 1 if given else _WRITERS
 
@@ -287,6 +290,7 @@ def _write_prompts(
                     slot,
                     read_again(file, slot.prompt),
                     given=slot.prompt.teacher in given,
+                    ours=slot.prompt.teacher in ours,
                 )
                 for slot in slots
             ]
@@ -309,8 +313,10 @@ def _write_prompts(
     return written
 
 
-def _row(pipeline_id: str, slot: Slot, line: PromptLine, *, given: bool) -> dict[str, Any]:
-    prompt = prompt_id(pipeline_id, slot.prompt.sha256)
+def _row(
+    pipeline_id: str, slot: Slot, line: PromptLine, *, given: bool, ours: bool
+) -> dict[str, Any]:
+    prompt, tokens = prompt_id(pipeline_id, slot.prompt.sha256), slot.prompt.tokens
     return {
         "item_id": item_id(prompt, slot.sample),
         "prompt_id": prompt,
@@ -319,6 +325,7 @@ def _row(pipeline_id: str, slot: Slot, line: PromptLine, *, given: bool) -> dict
         "tools": json.dumps(line.tools, ensure_ascii=False) if line.tools else None,
         "answer": answer_of(line) if given else None,
         "prompt_sha256": slot.prompt.sha256,
+        "prompt_tokens": tokens if ours else max(tokens, bytes_bound(line.messages, line.tools)),
     }
 
 

@@ -64,8 +64,8 @@ def read_batch(
 ) -> BatchInput:
     """Read the items of a batch with the most that one answer to each can cost."""
     resolved = read_spec(store, tenant, pipeline)
-    chat = read_tokenizer(store, resolved.tokenizer)
-    rows = pq.read_table(io.BytesIO(store.get(prompts))).to_pylist()
+    # Not `read_table`, which imports pandas in each new process.
+    rows = pq.ParquetFile(io.BytesIO(store.get(prompts))).read().to_pylist()
     teacher, signal = resolved.teacher_of(batch), resolved.signal_of(batch)
     asked = []
     for row in rows:
@@ -78,9 +78,7 @@ def read_batch(
             answer=row["answer"],
             prompt_sha256=row["prompt_sha256"],
         )
-        tokens = prompt_tokens_bound(
-            chat, item.messages, item.tools, ours=counts_as_we_do(teacher, signal)
-        )
+        tokens = row["prompt_tokens"]
         worst = cost_microusd(teacher.usd_per_million, tokens, signal.max_tokens)
         asked.append(Asked(item, worst, tokens + signal.max_tokens))
     return BatchInput(resolved, teacher, signal, tuple(asked))
@@ -103,9 +101,15 @@ def prompt_tokens_bound(
             return rendered
     except TemplateRefused:
         pass
+    return max(rendered, bytes_bound(messages, tools))
+
+
+def bytes_bound(messages: list[Message], tools: Tools | None = None) -> int:
+    """The tokens of a conversation at most, whatever the tokenizer: one for each byte, and what a
+    template writes around."""
     parts = [m.model_dump_json(exclude_none=True) for m in messages]
     around = (len(parts) + 1) * _TOKENS_AROUND
     if tools:
         parts.append(json.dumps(tools))
         around += _TOKENS_ABOUT_TOOLS
-    return max(rendered, sum(len(part.encode()) for part in parts) + around)
+    return sum(len(part.encode()) for part in parts) + around

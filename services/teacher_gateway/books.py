@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.asking import (
@@ -256,17 +256,19 @@ def answers_line(batch: int, attempt: int, answers: Iterable[Answer]) -> Line:
 def record_answers(session: Session, claim: Claim, parts: Sequence[Part]) -> None:
     """Note which items are answered, what that took, and where the cache finds it."""
     answers = answers_in(parts)
-    for answer in answers:
-        changed(
-            session,
+    if answers:
+        # One statement for all: of the time that a batch takes, this was a tenth.
+        session.connection().execute(
             update(Item)
             .where(
                 Item.pipeline_id == claim.pipeline_id,
-                Item.item_id == answer.item_id,
+                Item.item_id == bindparam("answered"),
                 Item.outcome == "pending",
             )
-            .values(outcome="answered", cost_microusd=answer.cost_microusd),
+            .values(outcome="answered", cost_microusd=bindparam("cost")),
+            [{"answered": a.item_id, "cost": a.cost_microusd} for a in answers],
         )
+    for answer in answers:
         claim.pending.pop(answer.item_id, None)
     index.remember(session, claim.tenant_id, claim.keys, parts)
     paid = [answer for answer in answers if not answer.cached]

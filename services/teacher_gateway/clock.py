@@ -28,6 +28,7 @@ from services.teacher_gateway.database import now, open_engine, reading, transac
 from services.teacher_gateway.dispatch import (
     find_dead,
     find_due,
+    find_flying,
     find_unfinished,
     mark_enqueued,
     reap,
@@ -75,6 +76,13 @@ class Clock:
     _asked: dict[tuple[str, str], float] = field(default_factory=dict)
     _redriven_at: float = 0.0
     _held_at: float = float("-inf")
+    _flying: bool = False
+
+    @property
+    def pause(self) -> float:
+        """Seconds to the next tick: fewer while batches are in flight, since each that ends makes
+        room for another."""
+        return self.times.tick_flying if self._flying else self.times.tick
 
     def tick(self) -> bool:
         """Do all duties once; False when another clock is active."""
@@ -176,6 +184,8 @@ class Clock:
             # After: were it before, a lost message would cost `enqueue_again`.
             with transaction(self.engine) as session:
                 mark_enqueued(session, batch, self.times)
+        with reading(self.engine) as session:
+            self._flying = find_flying(session)
 
     def enqueue_waiting(self) -> None:
         """Put the jobs of whole pipelines on the queue: acceptance, probe, what is unfinished."""
@@ -274,7 +284,7 @@ def run(settings: TeacherGatewaySettings) -> None:
     sweep = (ended, settings.captured_folder, engine, store)
     threading.Thread(target=sweep_until, args=sweep, name="capture-sweep", daemon=True).start()
     try:
-        while not ended.wait(clock.times.tick):
+        while not ended.wait(clock.pause):
             clock.tick()
             beat.beat()
     finally:

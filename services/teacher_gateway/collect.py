@@ -21,6 +21,7 @@ import os
 import time
 from contextlib import suppress
 
+import uvloop
 from sqlalchemy.orm import Session
 
 from services.teacher_gateway.asking import Attempt, Result
@@ -121,7 +122,7 @@ def _attempt(context: Context, claim: Claim, given: BatchInput | None, books: Bo
     books.adopt(series, given)
     crash_point("answers_adopted")
     if take_cached(context, claim, books) and claim.asks and given is not None:
-        books.result = asyncio.run(_ask(context, claim, given, books))
+        books.result = uvloop.run(_ask(context, claim, given, books))
     crash_point("answers_stored")
     finish(context, claim, given, books, series)
 
@@ -140,7 +141,10 @@ async def _ask(context: Context, claim: Claim, given: BatchInput, books: Books) 
             given.signal,
             context.settings,
             environ=os.environ,
-            today=read_tokenizer(context.store, resolved.tokenizer).today,
+            # Parsing a tokenizer takes a second or more, and only weights need it here.
+            today=read_tokenizer(context.store, resolved.tokenizer).today
+            if teacher.weights
+            else None,
             pin=resolved.pinned.get(teacher.weights or ""),
         ) as client,
         Turns(most, wanted=wanted, shared=shared, ttl=ttl) as turns,

@@ -64,6 +64,12 @@ def find_dead(session: Session) -> bool:
     )
 
 
+def find_flying(session: Session) -> bool:
+    """Whether any batch is on the queue or with a worker."""
+    flying = select(Batch.batch).where(Batch.state == "due").limit(1)
+    return session.execute(flying).first() is not None
+
+
 def reap(session: Session) -> int:
     """Make batches whose worker died, or whose job nobody took, due again.
 

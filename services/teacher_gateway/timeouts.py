@@ -48,7 +48,9 @@ class GatewayTimeouts:
     budget_wait: float
     # A job that nobody took is put on the queue again.
     enqueue_again: float
+    # Seconds between two ticks of the clock, and while batches are in flight.
     tick: float
+    tick_flying: float
     clock_ttl: float
     probe_attempts: int
     probe_backoff: float
@@ -122,6 +124,7 @@ EMBEDDED = GatewayTimeouts(
     budget_wait=1,
     enqueue_again=20,
     tick=0.5,
+    tick_flying=0.1,
     clock_ttl=5,
     probe_attempts=6,
     probe_backoff=1,
@@ -149,6 +152,7 @@ DEPLOYED = GatewayTimeouts(
     budget_wait=10,
     enqueue_again=120,
     tick=1,
+    tick_flying=0.25,
     clock_ttl=15,
     probe_attempts=10,
     probe_backoff=2,

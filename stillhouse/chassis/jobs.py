@@ -9,6 +9,7 @@ world ends it (re-drive sends the input again), an error that cannot heal publis
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import time
@@ -330,6 +331,9 @@ def run_worker(shell: ServiceShell, *, collectors: list[Any] | None = None) -> N
     app.steps["worker"].add(BeatStep)
     signals.worker_ready.connect(on_ready, weak=False)
     signals.worker_process_shutdown.connect(metrics.on_child_exit, weak=False)
+    # What is imported by now is never garbage: the pool's children need not look through it, nor
+    # copy its pages to do so.
+    gc.freeze()
     app.worker_main(
         [
             "worker",

@@ -14,7 +14,7 @@ from stillhouse.contracts.events import Split
 
 # One row an item; `prompts/batch-N.parquet`. `messages` is the JSON of a list of Message, `tools`
 # that of the functions offered, `answer` a chat completion that the user gave along; null where
-# there is none.
+# there is none. `prompt_tokens` is what its teacher counts for the prompt at most.
 PROMPT_SCHEMA = pa.schema(
     [
         ("item_id", pa.string()),
@@ -24,6 +24,7 @@ PROMPT_SCHEMA = pa.schema(
         ("tools", pa.string()),
         ("answer", pa.string()),
         ("prompt_sha256", pa.string()),
+        ("prompt_tokens", pa.int32()),
     ]
 )
 

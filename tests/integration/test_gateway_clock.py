@@ -229,6 +229,17 @@ def test_a_tick_publishes_enqueues_and_does_not_repeat_itself(world: World) -> N
     assert len(broker.published) == 1
 
 
+def test_the_clock_ticks_faster_while_batches_are_in_flight(world: World) -> None:
+    clock = make_clock(world, Broker())
+    assert clock.pause == FAST.tick
+    assert clock.tick()
+    assert clock.pause == FAST.tick_flying < FAST.tick
+    for number in range(2):  # the held-out batches; train batches wait for the seal
+        world.set(Batch, state="closed", batch=number)
+    assert clock.tick()
+    assert clock.pause == FAST.tick
+
+
 def test_a_job_that_nobody_took_is_enqueued_again(world: World) -> None:
     broker = Broker()
     clock = make_clock(world, broker)

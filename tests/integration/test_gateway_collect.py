@@ -423,7 +423,7 @@ def test_a_batch_that_kills_its_workers_is_given_up(
         ("collect.close_series", StoreUnavailable("down")),
         ("books.Books.adopt", DatabaseUnavailable("locked")),
         ("books.Books.renew", DatabaseUnavailable("locked")),
-        ("collect.read_tokenizer", StoreUnavailable("down")),
+        ("collect.take_cached", StoreUnavailable("down")),
     ],
 )
 def test_an_attempt_that_the_store_or_the_database_ended_killed_nobody(

@@ -167,9 +167,11 @@ def close_responses(
     return seal(event, tenant_id=resolved.tenant_id, pipeline_id=resolved.pipeline_id)
 
 
-def prompts_bytes(items: Sequence[Item]) -> bytes:
+def prompts_bytes(items: Sequence[Item], tokens: Callable[[Item], int] | None = None) -> bytes:
+    """`prompts/batch-N.parquet`; without `tokens` each prompt has none, which no builder minds."""
     entries = [
         {
+            "prompt_tokens": tokens(item) if tokens else 0,
             **item.model_dump(exclude={"messages", "tools"}),
             "messages": canonical_json([m.as_sent() for m in item.messages]).decode(),
             "tools": item.tools and canonical_json(item.tools).decode(),

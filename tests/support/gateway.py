@@ -16,7 +16,12 @@ from typing import Any
 from sqlalchemy import Engine, func, select, update
 
 from services.teacher_gateway.asking import Asked
-from services.teacher_gateway.batch_input import read_batch
+from services.teacher_gateway.batch_input import (
+    counts_as_we_do,
+    prompt_tokens_bound,
+    read_batch,
+    read_tokenizer,
+)
 from services.teacher_gateway.collect import collect_batch
 from services.teacher_gateway.context import Context
 from services.teacher_gateway.database import now, open_engine, reading, transaction
@@ -300,7 +305,13 @@ def make_world(
 def _add_batch(world: World, number: int, items: list[responses.Item]) -> None:
     resolved, store = world.resolved, world.context.store
     key = artifacts.prompts_key(resolved.tenant_id, resolved.pipeline_id, number)
-    ref = store.put_new(key, prompts_bytes(items))
+    chat = read_tokenizer(store, resolved.tokenizer)
+    ours = counts_as_we_do(resolved.teacher_of(number), resolved.signal_of(number))
+
+    def tokens(item: responses.Item) -> int:
+        return prompt_tokens_bound(chat, item.messages, item.tools, ours=ours)
+
+    ref = store.put_new(key, prompts_bytes(items, tokens))
     with transaction(world.engine) as session:
         session.add(
             Batch(

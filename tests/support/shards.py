@@ -191,6 +191,7 @@ def store_prompts(store: ObjectStore, resolved: ResolvedSpec, batch: int, count:
                 "tools": None,
                 "answer": None,
                 "prompt_sha256": sha256,
+                "prompt_tokens": len(message.content or ""),
             }
         )
     data = _parquet(pa.Table.from_pylist(entries, schema=PROMPT_SCHEMA))
