@@ -93,6 +93,7 @@ def main() -> int:
         python = peer_venv("gateway", PEERS, chosen.folder)
         figures |= capture(python, chosen.rounds, chosen.seconds)
     if chosen.only != "capture":
+        os.sched_setaffinity(0, {GATEWAY_CORE, OTHER_CORE})
         figures |= measure_generation()
     return targets.report(figures, TARGETS)
 
