@@ -281,21 +281,29 @@ def test_answers_are_given_with_their_log_probabilities_where_these_are_raw(
         teacher.body = completion("Yes.")
         teacher.body["choices"][0]["logprobs"] = {"content": [{"token": "Yes.", "logprob": -0.1}]}
         register(api, address, "fast", **registration(teacher.url))
-        for name, more in (("raw", {}), ("warm", {"temperature": 0.7}), ("cut", {"top_p": 0.5})):
+        changed: dict[str, dict[str, Any]] = {
+            "raw": {},
+            "warm": {"temperature": 0.7},
+            "cut": {"top_p": 0.5},
+            "biased": {"logit_bias": {"5": 100}},
+            "shaped": {"response_format": {"type": "json_object"}},
+            "stopped": {"stop": ["."]},
+        }
+        for name, more in changed.items():
             asked = {"messages": [{"role": "user", "content": name}], **more}
             HTTP.post(
                 f"{address}/v1/chat/completions",
                 json={"model": "fast", **asked},
                 headers=api.headers(),
             )
-        wait_for_records(api, address, 3)
+        wait_for_records(api, address, 6)
         terms = registration(teacher.url)["terms"]
         # The same teacher under other terms: whose answers these are must be said.
         register(api, address, "other", **registration(teacher.url, terms="own-weights"))
         body = {"model": "other", "messages": [{"role": "user", "content": "theirs"}]}
         url = f"{address}/v1/chat/completions"
         HTTP.post(url, json=body, headers=api.headers())
-        wait_for_records(api, address, 4)
+        wait_for_records(api, address, 7)
     found = {
         line["messages"][0]["content"]: line["answer"]["choices"][0]
         for line in chosen(api, store, answers=True, teacher="fast")
@@ -304,7 +312,13 @@ def test_answers_are_given_with_their_log_probabilities_where_these_are_raw(
         "raw": True,
         "warm": False,
         "cut": False,
+        "biased": False,
+        "shaped": False,
+        "stopped": True,
     }
+    # Its own stop text may have ended it, which is no end of a turn.
+    ends = {name: choice["finish_reason"] for name, choice in found.items()}
+    assert ends == {**dict.fromkeys(changed, "stop"), "stopped": "length"}
 
     def check(terms: str | None, **captured: Any) -> None:
         check_captured(Captured.model_validate(captured), api.tenant, api.engine, terms=terms)

@@ -55,6 +55,8 @@ def keys_of(given: BatchInput, store: ObjectStore) -> dict[str, str]:
             {
                 "form": _FORM,
                 "route": _route(teacher, given.resolved),
+                # What was bought under other terms is not these terms' answer.
+                "terms": teacher.terms,
                 "signal": _signal(given.signal),
                 "messages": [message.as_sent() for message in asked.item.messages],
                 "tools": asked.item.tools or None,

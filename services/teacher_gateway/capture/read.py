@@ -29,6 +29,14 @@ from stillhouse.contracts.artifacts import ObjectRef
 from stillhouse.contracts.spec import Captured
 
 _PAGE = 200
+# Fields of a request that leave the distribution of its answer as it is.
+_HARMLESS = frozenset(
+    {
+        *("model", "messages", "tools", "functions", "temperature", "top_p", "n", "stop", "seed"),
+        *("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "stream"),
+        *("stream_options", "metadata", "store", "user"),
+    }
+)
 _KEPT = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 _line = msgspec.json.Decoder(Line)
@@ -219,10 +227,23 @@ def _prompt_of(line: Line, captured: Captured) -> dict[str, Any]:
     if captured.answers:
         found["answer"] = answer = msgspec.json.decode(line.answer)
         answer["choices"] = answer["choices"][:1]
-        if asked.get("temperature") not in (None, 1) or asked.get("top_p") not in (None, 1):
-            # They may be those after temperature and cut, which teach another distribution.
-            answer["choices"][0].pop("logprobs", None)
+        choice = answer["choices"][0]
+        if not _sampled_plainly(asked):
+            # They may be those of another distribution, or the text was not drawn from theirs.
+            choice.pop("logprobs", None)
+        cut = asked.get("stop") or isinstance(choice.get("stop_reason"), str)
+        if cut and choice.get("finish_reason") == "stop":
+            # The caller's own stop text may have ended it: that is no end of turn to learn.
+            choice["finish_reason"] = "length"
     return found
+
+
+def _sampled_plainly(asked: dict[str, Any]) -> bool:
+    """Whether nothing in a request changed what tokens were drawn from: T = 1, top-p = 1, and no
+    field that we do not know to be harmless."""
+    told = {name for name, value in asked.items() if value is not None}
+    at_one = all(asked.get(name) in (None, 1) for name in ("temperature", "top_p"))
+    return at_one and told <= _HARMLESS
 
 
 def _message(message: Any) -> Any:
