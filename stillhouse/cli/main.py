@@ -143,6 +143,7 @@ def submit(
         elif not watching:
             screen.progress(f"follow it with `stillhouse status {pipeline_id} --watch`")
         if watching:
+            screen.progress(f"submitted as {pipeline_id}")
             _follow(client, screen, pipeline_id)
 
 
@@ -437,7 +438,7 @@ def up(
     ] = None,
     file_root: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder below which specs may name files.  [default: ROOT/models]"),
+        typer.Option(help="Folder below which specs may name files, beside ROOT/models."),
     ] = None,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Serve the demo's teacher too.")
@@ -494,6 +495,11 @@ def _follow(client: Client, screen: Screen, pipeline_id: str) -> None:
         raise typer.Exit(130) from None
     if screen.as_json:
         screen.data(ended)
+    elif ended["state"] == "released":
+        screen.line(
+            f"{pipeline_id} is released: `stillhouse report {pipeline_id}` shows its figures, "
+            f"`stillhouse pull {pipeline_id} DIR` fetches the student"
+        )
     if ended["state"] in ENDED and ended["state"] != "released":
         if not screen.as_json:
             raise Refused(

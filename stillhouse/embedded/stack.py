@@ -316,7 +316,7 @@ class Stack:
         if f"{name}.metrics" in self._ports:
             told["METRICS_PORT"] = str(self._ports[f"{name}.metrics"])
         if service in _READS_FILES:
-            roots = self.options.file_roots or (self.root / "models",)
+            roots = (self.root / "models", *self.options.file_roots)
             told["FILE_ROOTS"] = os.pathsep.join(str(path.resolve()) for path in roots)
         if service == "teacher_gateway":
             told |= {

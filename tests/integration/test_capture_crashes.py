@@ -437,6 +437,30 @@ def test_a_change_whose_answer_was_lost_counts_once(
         assert session.scalars(select(Tranche)).all() == []
 
 
+def test_a_bill_that_cannot_be_settled_holds_up_no_other(
+    api: Api, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = tranches.settle_once
+
+    def settle_but_one(engine: Any, account: Any, bill: Any, charge_id: str) -> int:
+        if account.name == "teacher-bad":
+            raise LookupError("a defect")
+        return settle(engine, account, bill, charge_id)
+
+    monkeypatch.setattr(tranches, "settle_once", settle_but_one)
+    monkeypatch.setattr(Spool, "add", lambda spool, record: False)  # so records are dropped
+    with capturing(api) as address:
+        for name in ("bad", "fast"):
+            register(api, address, name, **registration(teacher.url))
+            assert ask(api, address, model=name).status_code == 200
+        wait_for(
+            lambda: money(api.engine, api.tenant, "fast").spent,
+            20,
+            "the second one is settled",
+            until=lambda spent: spent > 0,
+        )
+
+
 def test_money_of_a_take_that_was_not_answered_goes_back_by_itself(
     either: Api, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

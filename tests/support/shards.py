@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -454,10 +453,3 @@ def _parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
-
-
-def np_topk(row: dict[str, Any]) -> signals.TopK:
-    """The decoded signal of a row."""
-    decoded = signals.decode(stored_signal(row))
-    assert np.isfinite(decoded.tail).all()
-    return decoded

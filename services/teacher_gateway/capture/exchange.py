@@ -27,7 +27,7 @@ from services.teacher_gateway.capture.refusal import Headers, error_body
 from services.teacher_gateway.capture.registrations import Served
 from services.teacher_gateway.capture.room import PIECE_BYTES, Share
 from services.teacher_gateway.capture.sse import Passing, Usage
-from services.teacher_gateway.teachers.endpoint import without_key
+from services.teacher_gateway.teachers.endpoint import MAYBE_BILLED, without_key
 from stillhouse.chassis.errors import PermanentError
 from stillhouse.chassis.logs import logger
 
@@ -38,8 +38,6 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 # An answer with log-probabilities takes about 1 kB a token and alternative; this is far beyond.
 MOST_ANSWER_BYTES = 64 << 20
 MOST_ERROR_BYTES = 1 << 20
-# A proxy gave up on an answer that may have been computed.
-_MAYBE_BILLED = frozenset({408, 502, 504, 524})
 _PASSED_ON = ("Content-Type", "Retry-After", "x-request-id")
 _STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -230,7 +228,7 @@ class Exchange:
     async def _refused(self, response: aiohttp.ClientResponse) -> tuple[Answer | None, Cut]:
         """An error of the teacher goes to the client as it is, but for what would mislead it."""
         status = response.status
-        billed = status in _MAYBE_BILLED
+        billed = status in MAYBE_BILLED
         if status < 400 or status >= 600:
             detail = f"the teacher answered with status {status}: is `url` its final one?"
             raise Cut(failures.TEACHER_INVALID, 502, detail, billed=False)
@@ -344,7 +342,7 @@ class Exchange:
             bill = "known"
             cost = self.served.rates.cost(usage.prompt_tokens, usage.completion_tokens)
             cost = min(cost, MOST_MICROUSD)
-        elif failure is None or (failure.billed and self._status in (0, 200, *_MAYBE_BILLED)):
+        elif failure is None or (failure.billed and self._status in (0, 200, *MAYBE_BILLED)):
             bill, cost = "unknown", self._most
         tranche = self._tranche
         if tranche is not None:

@@ -201,11 +201,18 @@ class Keeping:
             name = f"unrecorded:{tranche_id}:{self._settlements}"
             self._settling.append((name, account, bill))
         self._unrecorded.clear()
-        while self._settling:
+        for _ in range(len(self._settling)):
             charge_id, account, bill = self._settling[0]
-            taken = await self._in_thread(
-                self._threads, tranches.settle_once, self._engine, account, bill, charge_id
-            )
+            try:
+                taken = await self._in_thread(
+                    self._threads, tranches.settle_once, self._engine, account, bill, charge_id
+                )
+            except RetryableError:
+                raise  # the database's: so it would be for the others
+            except Exception:
+                log.exception("a bill cannot be settled", charge=charge_id)
+                self._settling.rotate(-1)
+                continue
             self._settling.popleft()
             self._paid(bill.tranche_id, bill.microusd, taken)
 

@@ -89,13 +89,17 @@ def get_teacher(name: Name, who: Who, parts: Parts) -> RegisteredTeacherView:
 
 
 @router.delete("/{name}", status_code=204, responses=responses(400, 401, 404, 422, 503))
-def delete_teacher(name: Name, request: Request, who: Who, parts: Parts) -> None:
+async def delete_teacher(name: Name, request: Request, who: Who, parts: Parts) -> None:
     """Take no more calls for a teacher. What was recorded and paid stays."""
+    await run_in_threadpool(_remove, parts, who, name)
+    request.app.capture.forget(who.tenant_id, name)
+
+
+def _remove(parts: Gateway, who: Caller, name: str) -> None:
     with transaction(parts.engine) as session:
         if not remove(session, who.tenant_id, name):
             raise not_found("teacher")
         _audit(session, who, "teacher.removed", name)
-    request.app.capture.forget(who.tenant_id, name)
 
 
 def _put(

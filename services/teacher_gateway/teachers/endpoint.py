@@ -32,7 +32,7 @@ LEAST_SECONDS = 10.0
 # About the account or the moment, not about the item: asked again within the bounds.
 _LATER = frozenset({401, 402, 403, 409, 425})
 # A proxy (524: one that calls its time-out so) gave up on an answer that may have been computed.
-_MAYBE_BILLED = frozenset({408, 502, 504, 524})
+MAYBE_BILLED = frozenset({408, 502, 504, 524})
 _CONNECT_SECONDS = 10
 _CHUNK = 1 << 16
 # A token with its alternatives takes about 100 bytes of JSON an outcome; ten times that is none.
@@ -213,7 +213,7 @@ def judge_status(status: int, headers: Mapping[str, str], body: bytes) -> Retry 
             reasons.TEACHER_ERROR,
             f"status {status}: {said}",
             after=retry_after(headers, time.time()) if status >= 500 else None,
-            lost=status in _MAYBE_BILLED,
+            lost=status in MAYBE_BILLED,
             away=status >= 500,
         )
     if status >= 400:

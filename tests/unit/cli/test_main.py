@@ -90,7 +90,9 @@ def test_a_watched_pipeline_ends_with_its_outcome(run: Run, gateway: FakeGateway
     said = run("submit", "spec.yaml", "--watch")
 
     assert said.code == 0
+    assert said.err.splitlines()[0] == "submitted as pl-1"
     assert "collect   running    batches 3/4" in said.err
+    assert "pl-1 is released: `stillhouse report pl-1`" in said.out
 
 
 def test_a_watched_pipeline_that_fails_is_exit_code_one(run: Run, gateway: FakeGateway) -> None:

@@ -101,13 +101,14 @@ def test_a_variable_to_pass_that_is_not_set_is_named(stack, tmp_path):
         stack(pass_env=("NO_SUCH_KEY",)).table(tmp_path)
 
 
-def test_file_references_open_below_the_models_folder_unless_told_otherwise(stack, tmp_path):
+def test_file_references_open_below_the_models_folder_and_those_told(stack, tmp_path):
     one = stack()
     env = table(one, tmp_path)["trainer.worker"].env
     assert env["TRAINER_FILE_ROOTS"] == str(one.root / "models")
     two = stack(file_roots=(tmp_path / "a", tmp_path / "b"))
     roots = table(two, tmp_path)["teacher_gateway.worker"].env["TEACHER_GATEWAY_FILE_ROOTS"]
-    assert roots.split(os.pathsep) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    told = [two.root / "models", tmp_path / "a", tmp_path / "b"]
+    assert roots.split(os.pathsep) == list(map(str, told))
 
 
 def test_weights_are_fetched_into_one_folder_from_the_users_hub(stack, tmp_path, monkeypatch):
