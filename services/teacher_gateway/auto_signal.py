@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 
 from sqlalchemy.orm import Session
@@ -28,6 +28,7 @@ from services.teacher_gateway.paid_calls import (
     Question,
     book_worst,
     probe_question,
+    unpaid,
 )
 from services.teacher_gateway.teachers.outcomes import Call, Outcome, Retry
 from services.teacher_gateway.teachers.routes import open_teacher
@@ -108,13 +109,37 @@ def gives_nothing(
     if loss == "sft" or not stored or any(signal.kind != "text" for signal in signals.values()):
         return None
     said = "; ".join(unfit.detail for unfit in (why or {}).values() if unfit)
+    found = f"no teacher gives usable ones{said and f' ({said})'}"
+    instead = "a teacher with the student's tokenizer whose server gives `top_logprobs`"
+    if any(teacher.answers and not teacher.weights for teacher in spec.teachers):
+        found = "`signal.kind: auto` takes answers that are given along as text"
+        instead = (
+            "`signal.kind: topk` where the answers carry `top_logprobs`, or `weights` beside "
+            "`answers: given`, which score them"
+        )
     return Unfit(
         reasons.MISSING_LOGPROBS,
-        f"`training.loss: {loss}` needs log-probabilities and no teacher gives usable ones"
-        f"{said and f' ({said})'}: use `training.loss: sft`, or a teacher whose server gives "
-        "`top_logprobs`",
+        f"`training.loss: {loss}` needs log-probabilities and {found}: use `training.loss: sft`, "
+        f"or {instead}",
         "training.loss",
     )
+
+
+def auto_questions(
+    spec: Spec, teachers: Sequence[Teacher], attempt: str, pipeline_id: str, chat: ChatTokenizer
+) -> dict[tuple[str, int], Question]:
+    """A question to each teacher for each number of log-probabilities, by both."""
+    return {
+        (teacher.name, depth): probe_question(
+            f"auto:{attempt}:{number}:{depth}", teacher, Call(PROBE_MESSAGES, pipeline_id), chat
+        )
+        for number, teacher in enumerate(teachers)
+        for depth in depths(spec.signal.k)
+    }
+
+
+def auto_unpaid(questions: Iterable[Question]) -> Unfit:
+    return unpaid("the short questions of `signal.kind: auto`", questions, ", or name the signal")
 
 
 def _ask(
@@ -127,25 +152,12 @@ def _ask(
 ) -> dict[str, Found]:
     # Its own in each attempt: one that broke off stays listed, and is paid for apart.
     attempt = secrets.token_hex(4)
-    questions = {
-        (teacher.name, depth): probe_question(
-            f"auto:{attempt}:{number}:{depth}",
-            teacher,
-            Call(PROBE_MESSAGES, pipeline.pipeline_id),
-            chat,
-        )
-        for number, teacher in enumerate(teachers)
-        for depth in depths(spec.signal.k)
-    }
+    questions = auto_questions(spec, teachers, attempt, pipeline.pipeline_id, chat)
     with transaction(context.engine) as session:
         held = accepting(session)
         if not book_worst(session, pipeline.pipeline_id, questions.values()):
-            worst = sum(question.worst_microusd for question in questions.values())
-            raise PermanentError(
-                "`budget.teacher_usd` does not pay for the short questions of `signal.kind: auto` "
-                f"({worst} micro-USD at the worst): raise it, or name the signal",
-                reason=reasons.BUDGET_EXHAUSTED,
-            )
+            short = auto_unpaid(questions.values())
+            raise PermanentError(short.detail, reason=short.reason)
         # Until then no other worker takes the acceptance: longer than the questions may take.
         asking = QUESTION_SECONDS * len(depths(spec.signal.k))
         held.next_attempt_at = now(session) + asking + context.times.lease_ttl

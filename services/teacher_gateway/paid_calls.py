@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from services.teacher_gateway import reasons
 from services.teacher_gateway.batch_input import prompt_tokens_bound
 from services.teacher_gateway.counters import CALLS
 from services.teacher_gateway.database import transaction
+from services.teacher_gateway.fitness import Unfit
 from services.teacher_gateway.ledger import Line, Purse, correct, cost_microusd, lock, settle
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
@@ -70,6 +72,21 @@ def asked_directly(teacher: Teacher) -> Teacher:
     price = teacher.usd_per_million
     whole = Price(input=price.input * _DIRECT, output=price.output * _DIRECT)
     return teacher.model_copy(update={"batch_api": False, "usd_per_million": whole})
+
+
+def worst_of(questions: Iterable[Question]) -> int:
+    """What they cost at most, in micro-dollars."""
+    return sum(question.worst_microusd for question in questions)
+
+
+def unpaid(what: str, questions: Iterable[Question], instead: str = "") -> Unfit:
+    """Why a pipeline fails whose budget does not pay for these questions."""
+    return Unfit(
+        reasons.BUDGET_EXHAUSTED,
+        f"`budget.teacher_usd` does not pay for {what} "
+        f"({worst_of(questions) / 1e6:.6f} USD at the worst): raise it{instead}",
+        "budget.teacher_usd",
+    )
 
 
 def book_worst(session: Session, purse: Purse, questions: Iterable[Question]) -> bool:

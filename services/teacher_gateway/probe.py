@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -32,6 +33,7 @@ from services.teacher_gateway.paid_calls import (
     Question,
     book_worst,
     probe_question,
+    unpaid,
 )
 from services.teacher_gateway.stop import TERMINAL, fail_pipeline, finish_stopping
 from services.teacher_gateway.teachers.outcomes import Call, Outcome, Reject, Retry
@@ -41,7 +43,7 @@ from stillhouse.chassis.crash import crash_point
 from stillhouse.chassis.errors import PermanentError, StoreUnavailable
 from stillhouse.chassis.logs import logger
 from stillhouse.contracts.chat import ChatTokenizer
-from stillhouse.contracts.spec import ResolvedSpec
+from stillhouse.contracts.spec import ResolvedSpec, Spec
 
 log = logger(__name__)
 
@@ -71,7 +73,7 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         _put_off(context, pipeline_id, context.times.batch_backoff)
         raise
     expected = len(chat.encode_prompt(PROBE_MESSAGES))
-    questions = _questions(resolved, attempt, chat)
+    questions = probe_questions(resolved.spec, attempt, pipeline_id, chat)
     # They are few, and do not wait for their turn among the items; but a pause holds for them too.
     pauses = [
         count_call(context.engine, question.teacher, tenant, question.tokens)
@@ -95,18 +97,21 @@ def probe_teacher(context: Context, pipeline_id: str) -> None:
         finish_stopping(context.engine, context.store, pipeline_id)
 
 
-def _questions(resolved: ResolvedSpec, attempt: int, chat: ChatTokenizer) -> dict[int, Question]:
+def probe_questions(
+    spec: Spec, attempt: int, pipeline_id: str, chat: ChatTokenizer
+) -> dict[int, Question]:
     """A question to each teacher that can be asked, by its place in the spec."""
     return {
         number: probe_question(
-            f"probe:{attempt}:{teacher.name}",
-            teacher,
-            Call(PROBE_MESSAGES, resolved.pipeline_id),
-            chat,
+            f"probe:{attempt}:{teacher.name}", teacher, Call(PROBE_MESSAGES, pipeline_id), chat
         )
-        for number, teacher in enumerate(resolved.spec.teachers)
+        for number, teacher in enumerate(spec.teachers)
         if teacher.answers is None
     }
+
+
+def probe_unpaid(questions: Iterable[Question]) -> Unfit:
+    return unpaid("one short answer of each teacher", questions)
 
 
 def _book(
@@ -116,12 +121,8 @@ def _book(
     pipeline = lock(session, pipeline_id)
     assert pipeline is not None, "pipelines are never deleted"
     if not book_worst(session, pipeline_id, questions.values()):
-        worst = sum(question.worst_microusd for question in questions.values())
-        detail = (
-            "`budget.teacher_usd` does not pay for one short answer of each teacher "
-            f"({worst} micro-USD at the worst): raise it"
-        )
-        fail_pipeline(session, pipeline, "collect", reasons.BUDGET_EXHAUSTED, detail)
+        short = probe_unpaid(questions.values())
+        fail_pipeline(session, pipeline, "collect", short.reason, short.detail)
         return False
     if any(question.teacher.weights for question in questions.values()):
         # Weights are loaded first, for as long as a job may take.

@@ -33,6 +33,7 @@ ProviderFault = Literal[
     "create_lost_reply",  # it began, and the connection broke
     "create_not_found",  # 404: there is no such API
     "no_list",  # 404 for the list of batches
+    "list_forbidden",  # 403 for it
     "down",  # 503 for everything
     "validation",  # the batch fails as a whole
     "limit",  # the batch fails by the account's limit
@@ -213,6 +214,8 @@ class Provider:
     async def _list(self, request: web.Request) -> web.Response:
         if "no_list" in self.faults:
             return _error(404, "Not Found")
+        if "list_forbidden" in self.faults:
+            return _error(403, "this key may not list batches")
         newest = [] if "lists_late" in self.faults else list(reversed(self.jobs.values()))
         if after := request.query.get("after"):
             newest = newest[[job.id for job in newest].index(after) + 1 :]

@@ -215,7 +215,7 @@ class SharedLimits:
                 if meter.requests_per_minute is not None
             ]
             most = min([len(report.permits), *mosts])
-            # A reply that takes long brings permits for later: those for now would be void.
+            # A reply that takes long brings permits for later: those for this moment would be void.
             delay = min(report.delay, self._times.lease_ttl / 2)
             permits = rates.take(metered, clock, report.permits, most, delay=delay)
             if not permits:

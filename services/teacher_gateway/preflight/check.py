@@ -14,10 +14,12 @@ from contextlib import AsyncExitStack
 from sqlalchemy import Engine
 
 from services.teacher_gateway.accounts import checks_account
-from services.teacher_gateway.admission import Survey
+from services.teacher_gateway.admission import Survey, budget_microusd
 from services.teacher_gateway.database import transaction
+from services.teacher_gateway.fitness import Unfit
 from services.teacher_gateway.ledger import AccountId, available
-from services.teacher_gateway.paid_calls import PaidCalls, Question, book_worst
+from services.teacher_gateway.paid_calls import PaidCalls, Question, book_worst, worst_of
+from services.teacher_gateway.preflight.findings import refuse
 from services.teacher_gateway.preflight.forecast import forecast
 from services.teacher_gateway.preflight.heard import Heard
 from services.teacher_gateway.preflight.interview import Interview
@@ -35,8 +37,8 @@ def preflight(
 ) -> tuple[Preflight, int]:
     """Ask the teachers of a surveyed spec; return what was found and its cost in micro-dollars.
 
-    Raises ProblemError: 422 where a teacher cannot be asked as the spec asks, 402 where the day's
-    checks have spent their budget.
+    Raises ProblemError: 422 where a teacher cannot be asked as the spec asks, 402 where the
+    spec's budget, or what is left of the day's for checks, may not pay for it.
     """
     check = secrets.token_hex(6)
     interviews = [
@@ -44,7 +46,7 @@ def preflight(
         for number in range(len(spec.teachers))
     ]
     questions = [q for interview in interviews for q in interview.questions.values()]
-    account = _book(engine, tenant_id, settings, questions)
+    account = _book(engine, tenant_id, settings, spec, questions)
     calls = PaidCalls(engine, account, questions)
     crash_point("check_booked")
     try:
@@ -74,25 +76,35 @@ def sum_up(spec: Spec, survey: Survey, heard: list[Heard], account: str) -> Pref
 def refuse_unfit(found: Preflight) -> None:
     """Raise ProblemError (422) with what to change where a teacher is unfit."""
     unfit = [finding for finding in found.findings if finding.verdict == "unfit"]
-    if unfit:
-        errors = [FieldError(field=f.field or "", message=f.message) for f in unfit]
-        detail = "; ".join(f.message for f in unfit)
-        raise ProblemError(422, unfit[0].reason.replace("_", "-"), detail, errors=errors)
+    refuse([Unfit(f.reason, f.message, f.field or "") for f in unfit])
 
 
 def _book(
-    engine: Engine, tenant_id: str, settings: TeacherGatewaySettings, questions: Sequence[Question]
+    engine: Engine,
+    tenant_id: str,
+    settings: TeacherGatewaySettings,
+    spec: Spec,
+    questions: Sequence[Question],
 ) -> AccountId:
+    worst, budget = worst_of(questions), budget_microusd(spec)
+    if worst > budget:
+        # Whoever allows a pipeline so much does not expect a check of it to spend more.
+        message = (
+            f"asking the teachers may cost {worst / 1e6:.6f} USD, more than the spec's "
+            f"`budget.teacher_usd` ({budget / 1e6:.6f} USD): check without `probe`, lower "
+            "`signal.max_tokens`, or raise `budget.teacher_usd`"
+        )
+        errors = [FieldError(field="budget.teacher_usd", message=message)]
+        raise ProblemError(402, "check-budget", message, errors=errors)
     with transaction(engine) as session:
         account = checks_account(session, tenant_id, settings.check_usd_per_day)
         if not book_worst(session, account, questions):
-            worst = sum(question.worst_microusd for question in questions) / 1e6
             left = available(session, account) / 1e6
             raise ProblemError(
                 402,
                 "check-budget",
-                f"asking the teachers may cost {worst:.6f} USD and {left:.6f} USD are left for "
-                "this tenant's checks of today (UTC): check without `probe`, lower "
+                f"asking the teachers may cost {worst / 1e6:.6f} USD and {left:.6f} USD are left "
+                "for this tenant's checks of today (UTC): check without `probe`, lower "
                 "`signal.max_tokens`, wait for tomorrow, or have the operator raise "
                 "TEACHER_GATEWAY_CHECK_USD_PER_DAY",
             )

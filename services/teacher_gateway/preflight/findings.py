@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from services.teacher_gateway.fitness import Unfit
 from services.teacher_gateway.preflight.views import Estimate, Finding, Topic
+from services.teacher_gateway.problems import FieldError, ProblemError
 
 Verdict = Literal["ok", "warning", "unfit", "unknown"]
 
@@ -41,6 +43,14 @@ class Findings:
 
     def refuse(self, topic: Topic, value: str, why: Unfit) -> None:
         self.add(topic, value, "unfit", field=why.field, message=why.detail, reason=why.reason)
+
+
+def refuse(unfit: Sequence[Unfit]) -> None:
+    """Raise ProblemError (422) with what to change, where there is anything."""
+    if unfit:
+        errors = [FieldError(field=why.field, message=why.detail) for why in unfit]
+        detail = "; ".join(why.detail for why in unfit)
+        raise ProblemError(422, unfit[0].reason.replace("_", "-"), detail, errors=errors)
 
 
 def plain(estimate: Estimate, form: str, of: str) -> str:

@@ -28,6 +28,7 @@ class Heard:
 
     `known`: the signal of a teacher that is not asked, by its route alone; `unusable`: of answers
     given along, those without the signal that the spec names;
+    `batches_unknown`: why nobody knows whether its server has a batch API;
     `changes`: by how much log-probabilities move with a setting of the sampling, by its name;
     `unanswered`: why a question about log-probabilities has no answer, by the question's name.
     """
@@ -36,6 +37,7 @@ class Heard:
     number: int
     skipped: str = ""
     known: Signal | None = None
+    batches_unknown: str = ""
     calls: int = 0
     found: Found | None = None
     unfit: Unfit | None = None

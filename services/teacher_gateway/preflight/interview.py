@@ -47,6 +47,8 @@ from services.teacher_gateway.preflight.answers import (
 from services.teacher_gateway.preflight.heard import Heard, HeardAnswer
 from services.teacher_gateway.prompts.lines import answer_of
 from services.teacher_gateway.settings import TeacherGatewaySettings
+from services.teacher_gateway.teachers.api_keys import read_api_key
+from services.teacher_gateway.teachers.batch_api import NoAnswer, Refused, open_batch_api
 from services.teacher_gateway.teachers.outcomes import (
     Answered,
     Call,
@@ -64,6 +66,7 @@ from stillhouse.contracts.spec import Signal, Spec, Teacher
 SAMPLED_PROMPTS = 8
 # No question is begun later than this, so that a check ends.
 ASKING_SECONDS = 120.0
+NO_BATCH_API = "no_batch_api"
 AGAIN = ("again-1", "again-2", "again-3")
 _CHANGED = ("temperature", "top_p")
 
@@ -154,6 +157,10 @@ class Interview:
         self._turns = await stack.enter_async_context(turns)
         heard, wants_scores = self._heard, self._spec.signal.kind != "text"
         try:
+            if heard.teacher.batch_api:
+                heard.unfit = await self._miss_batches()
+                if heard.unfit is not None:
+                    return heard
             heard.found = found = await self._find()
             heard.unfit = self._unfit(found)
             scored = wants_scores and found.signal.kind == "topk"
@@ -164,6 +171,29 @@ class Interview:
         except PermanentError as error:
             heard.unfit = Unfit(error.reason, str(error), heard.place)
         return heard
+
+    async def _miss_batches(self) -> Unfit | None:
+        """Look whether the server has the batch API by which a pipeline would ask it."""
+        name, place = self._teacher.name, self._heard.place
+        try:
+            async with open_batch_api(
+                self._teacher,
+                self._text,
+                key=read_api_key(self._teacher, self._settings, os.environ),
+                private=self._settings.private_teachers,
+                deadline=min(QUESTION_SECONDS, self._teacher.limits.timeout_seconds),
+            ) as api:
+                if await api.exists():
+                    return None
+        except (NoAnswer, Refused) as error:
+            self._heard.batches_unknown = str(error)
+            return None
+        return Unfit(
+            NO_BATCH_API,
+            f"the server of teacher {name!r} has no batch API (below its `url` it knows neither "
+            "`/batches` nor `/files`): remove `batch_api`, and give the price of live calls",
+            f"{place}.batch_api",
+        )
 
     async def _find(self) -> Found:
         place, found = self._heard.place, None

@@ -7,7 +7,7 @@ from services.teacher_gateway.fitness import TEXT_INSTEAD, Unfit, other_tokenize
 from services.teacher_gateway.preflight.findings import Findings, percent, plain
 from services.teacher_gateway.preflight.forecast import UNCHANGED_NATS
 from services.teacher_gateway.preflight.heard import Heard
-from services.teacher_gateway.preflight.interview import AGAIN
+from services.teacher_gateway.preflight.interview import AGAIN, NO_BATCH_API
 from services.teacher_gateway.preflight.views import Finding, TeacherPreflight
 from services.teacher_gateway.teachers.outcomes import Answered, Reject
 from stillhouse.contracts.spec import Signal, Spec
@@ -50,14 +50,31 @@ class TeacherFindings(Findings):
             self._known()
         elif one.found is None or not isinstance(one.found.outcome, Answered | Reject):
             assert one.unfit is not None, "whoever does not answer is unfit"
-            self.refuse("answers", "none", one.unfit)
+            missing = one.unfit.reason == NO_BATCH_API
+            self.refuse("batch_api" if missing else "answers", "none", one.unfit)
         else:
+            self._batches()
             self._signal(one.found.signal)
             self._agreement()
             self._raw()
             self._answers()
         self._terms(survey)
         return self._found
+
+    def _batches(self) -> None:
+        if not self._one.teacher.batch_api:
+            return
+        if why := self._one.batches_unknown:
+            self.add(
+                "batch_api",
+                "not known",
+                "warning",
+                field=f"{self._one.place}.batch_api",
+                message=f"the server of teacher {self._name!r} does not list its batches ({why}), "
+                "so nobody knows whether it takes any",
+            )
+        else:
+            self.add("batch_api", "the server has one")
 
     def _signal(self, signal: Signal) -> None:
         one, value = self._one, _named(signal)

@@ -18,6 +18,7 @@ class Estimate(BaseModel):
 
 Topic = Literal[
     "answers",
+    "batch_api",
     "signal",
     "raw_logprobs",
     "agreement",

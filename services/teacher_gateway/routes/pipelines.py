@@ -33,6 +33,7 @@ from services.teacher_gateway.posted import JSON_TYPES, YAML_TYPES, read_spec
 from services.teacher_gateway.preflight.check import preflight, refuse_unfit
 from services.teacher_gateway.preflight.interview import SAMPLED_PROMPTS
 from services.teacher_gateway.preflight.running import RunningChecks
+from services.teacher_gateway.preflight.unasked import refuse_unasked
 from services.teacher_gateway.preflight.views import Preflight
 from services.teacher_gateway.problems import ProblemError, responses, unavailable
 from services.teacher_gateway.routes.parts import (
@@ -208,6 +209,7 @@ def _check(parts: Gateway, who: Caller, spec: Spec, probe: bool) -> Checked:
         parts.engine,
         samples=SAMPLED_PROMPTS if probe else 0,
     )
+    refuse_unasked(spec, found)
     chat = found.tokenizer.chat
     asked: Preflight | None = None
     probed: int | None = None

@@ -122,6 +122,10 @@ class _Page(msgspec.Struct):
         return falling and times[0] < moment
 
 
+class _List(msgspec.Struct):
+    data: list[msgspec.Raw]
+
+
 class _File(msgspec.Struct):
     id: str
 
@@ -188,6 +192,18 @@ class BatchApi(OpenAITeacher):
         return b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
 
     # The calls
+
+    async def exists(self) -> bool:
+        """Whether the server has files and batches at all: one that has them without lists answers
+        otherwise than that there is no such path. Costs nothing."""
+        for path in ("/batches?limit=1", "/files?limit=1"):
+            reply = await self._send("GET", path, None, self._deadline)
+            if reply.status in (404, 501):
+                continue
+            if reply.status != 405:
+                _decoded(self._taken(reply.status, reply.headers, reply.body), _List)
+            return True
+        return False
 
     async def upload(self, data: bytes, *, deadline: float) -> str:
         """Upload a file of requests; return its id."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ from anyio.to_thread import current_default_thread_limiter
 from sqlalchemy import select
 
 from services.teacher_gateway import admission
+from services.teacher_gateway.accept import accept_pipeline
 from services.teacher_gateway.database import reading
 from services.teacher_gateway.keys import create_key
 from services.teacher_gateway.models import Account, AccountCharge, Audit, Pipeline
 from services.teacher_gateway.preflight.running import MOST
+from services.teacher_gateway.probe import probe_teacher
 from stillhouse.chassis.storage import ObjectStore
 from stillhouse.embedded.parts import Store
 from tests.support.capture import HeldTeacher, held_teacher
@@ -29,12 +32,17 @@ from tests.support.gateway_api import (
     asgi_client,
     check_in_process,
     gateway_api,
+    pipeline,
     posted_spec,
     serving,
+    submit,
+    write_prompts,
 )
+from tests.support.provider import running_provider
 from tests.support.teacher import Fault, Teacher, running_teacher
 
 PROBE = "Name one colour."
+HALF = {"batch_api": True, "usd_per_million": {"input": 0.5, "output": 1}}
 PROMPTS = "What is the number"
 
 
@@ -267,11 +275,50 @@ def test_a_teacher_of_another_api_is_asked_for_text(
 def test_a_teacher_behind_a_batch_api_is_asked_directly_at_twice_its_price(
     client: httpx.Client, small: Api, teacher: Teacher
 ) -> None:
-    half = {"batch_api": True, "usd_per_million": {"input": 0.5, "output": 1}}
-    answer = check(client, spec(small, teacher, half))
-    assert findings(answer)["answers"]["value"] == "8 of 8 prompts answered"
+    with running_provider(teacher) as provider:
+        answer = check(client, spec(small, teacher, {**HALF, "url": provider.url}))
+    found = findings(answer)
+    assert found["answers"]["value"] == "8 of 8 prompts answered"
+    assert (found["batch_api"]["verdict"], found["batch_api"]["value"]) == (
+        "ok",
+        "the server has one",
+    )
     assert answer.json()["probe_usd"] == pytest.approx(teacher.invoiced_microusd() / 1e6)
-    assert "time" not in findings(answer)
+    assert "time" not in found
+
+
+def test_a_server_without_a_batch_api_is_told_before_it_is_asked_anything(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    answer = check(client, spec(small, teacher, HALF))
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["type"] == "urn:stillhouse:problem:no-batch-api"
+    assert "has no batch API" in answer.json()["detail"]
+    assert "remove `batch_api`" in answer.json()["detail"]
+    assert [error["field"] for error in answer.json()["errors"]] == ["teachers[0].batch_api"]
+    assert teacher.requests == []
+    assert {charge.microusd for charge in charges(small)} == {0}
+
+
+def test_a_batch_api_that_lists_nothing_is_not_taken_for_none(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    with running_provider(teacher, faults={"no_list"}) as provider:
+        found = findings(check(client, spec(small, teacher, {**HALF, "url": provider.url})))
+    assert found["batch_api"]["verdict"] == "ok"
+
+
+def test_a_batch_api_that_is_not_told_of_is_a_warning(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    with running_provider(teacher, faults={"list_forbidden"}) as provider:
+        found = findings(check(client, spec(small, teacher, {**HALF, "url": provider.url})))
+    assert (found["batch_api"]["verdict"], found["batch_api"]["field"]) == (
+        "warning",
+        "teachers[0].batch_api",
+    )
+    assert "status 403" in found["batch_api"]["message"]
+    assert found["answers"]["verdict"] == "ok"
 
 
 # Routes that nobody is asked by
@@ -427,10 +474,11 @@ def test_answers_that_are_cut_are_warned_of(
 def test_a_small_budget_and_few_steps_are_warned_of(
     client: httpx.Client, small: Api, teacher: Teacher
 ) -> None:
+    write_prompts(small.files / "prompts.jsonl", 400)
     posted = spec(
         small,
         teacher,
-        budget={"teacher_usd": 0.0001},
+        budget={"teacher_usd": 0.01},
         training={"tokens_per_step": 32768, "warmup_steps": 50},
     )
     found = findings(check(client, posted))
@@ -565,6 +613,74 @@ def test_many_checks_at_once_never_spend_more_than_the_day_allows(
         assert set(statuses) <= {200, 402, 503}
         assert 200 in statuses
         assert account.spent_microusd == teacher.invoiced_microusd() <= 10_000
+
+
+def test_a_check_that_may_cost_more_than_the_specs_budget_is_refused_before_it_asks(
+    client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    dear = {"usd_per_million": {"input": 100, "output": 100}}
+    answer = check(client, spec(small, teacher, dear, budget={"teacher_usd": 0.05}))
+    assert answer.status_code == 402, answer.text
+    assert answer.json()["type"] == "urn:stillhouse:problem:check-budget"
+    [error] = answer.json()["errors"]
+    assert error["field"] == "budget.teacher_usd"
+    told = re.search(r"may cost (0\.\d{6}) USD, more than .* \(0\.050000 USD\)", error["message"])
+    assert told, error
+    assert (teacher.requests, charges(small)) == ([], [])
+    # What it says is enough.
+    enough = {"teacher_usd": float(told[1])}
+    assert check(client, spec(small, teacher, dear, budget=enough)).status_code == 200
+    assert 0 < sum(charge.microusd for charge in charges(small)) <= float(told[1]) * 1e6
+
+
+# What is known without asking
+
+
+@pytest.mark.parametrize("probe", ["", "&probe=true"], ids=["unasked", "probe"])
+@pytest.mark.parametrize("kind", ["topk", "auto"])
+def test_a_budget_below_the_first_questions_is_refused_in_the_words_of_the_pipeline(
+    kind: str, probe: str, client: httpx.Client, small: Api, teacher: Teacher
+) -> None:
+    signal = {"kind": kind, "k": 30, "max_tokens": 16}
+    posted = spec(small, teacher, signal=signal, budget={"teacher_usd": 0.000187})
+    answer = client.post(f"/v1/pipelines?check=true{probe}", json=posted, timeout=60)
+    assert answer.status_code == 422, answer.text
+    assert [error["field"] for error in answer.json()["errors"]] == ["budget.teacher_usd"]
+    told = answer.json()["detail"]
+    pipeline_id = submit(small, posted)
+    accept_pipeline(small.context(), pipeline_id)
+    probe_teacher(small.context(), pipeline_id)
+    assert pipeline(small, pipeline_id).reason.endswith(f"budget_exhausted: {told}")
+    dollars = re.search(r"\((0\.\d{6}) USD at the worst\)", told)
+    assert dollars, told
+    assert teacher.requests == []
+    # What it says is enough.
+    posted["budget"]["teacher_usd"] = float(dollars[1])
+    assert client.post("/v1/pipelines?check=true", json=posted).status_code == 200
+    if kind == "topk":
+        pipeline_id = submit(small, posted)
+        accept_pipeline(small.context(), pipeline_id)
+        probe_teacher(small.context(), pipeline_id)
+        assert pipeline(small, pipeline_id).state == "running"
+
+
+@pytest.mark.parametrize("probe", ["", "&probe=true"], ids=["unasked", "probe"])
+def test_given_answers_that_auto_takes_as_text_are_refused_for_a_loss_that_needs_more(
+    probe: str, client: httpx.Client, small: Api
+) -> None:
+    lines = [{"prompt": f"What is the number {n}?", "answer": "Twelve."} for n in range(40)]
+    posted = given(small, lines, signal={"kind": "auto", "k": 5, "max_tokens": 16})
+    answer = client.post(f"/v1/pipelines?check=true{probe}", json=posted, timeout=60)
+    assert answer.status_code == 422, answer.text
+    told = answer.json()["detail"]
+    assert [error["field"] for error in answer.json()["errors"]] == ["training.loss"]
+    pipeline_id = submit(small, posted)
+    accept_pipeline(small.context(), pipeline_id)
+    assert pipeline(small, pipeline_id).reason == f"missing_logprobs: {told}"
+    assert "use `training.loss: sft`, or `signal.kind: topk` where the answers carry" in told
+    assert "server" not in told, "nobody is asked"
+    sft = posted | {"training": {"loss": "sft"}}
+    assert client.post("/v1/pipelines?check=true", json=sft).status_code == 200
 
 
 # Turns
