@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,19 @@ DEMO = Path(__file__).parents[2] / "demo" / "run.py"
 PROCESSES = {"valkey", "seaweedfs", "teacher", *SERVICE_PROCESSES}
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "smollm2-135m-instruct"
+    command = [sys.executable, "-m", "stillhouse.embedded.weights", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder
+
+
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A demo that found its weights written, and now starts its stack."""
-    weights = tmp_path / "models" / "smollm2-135m-instruct"
-    weights.mkdir(parents=True)
-    (weights / "source.json").write_text("{}")
+def demo(weights: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A demo that found its weights written, and now starts its stack. They are real ones, so that
+    its pipeline goes on however late a test ends it."""
+    shutil.copytree(weights, tmp_path / "models" / weights.name, copy_function=os.link)
     process = subprocess.Popen(
         [sys.executable, str(DEMO), "--root", str(tmp_path)],
         stdout=subprocess.PIPE,
