@@ -23,8 +23,8 @@ from services.trainer.losses import TokenTargets
 from services.trainer.settings import TrainerSettings
 from stillhouse.contracts.trainings import Environment
 
-# More tokens at once read weights and their gradients less often. On a CPU that is worth 5 % from
-# 512 to 1024 and 1 to 3 % from there to 2048, which takes twice the memory (docs/benchmarks.md).
+# More tokens at once read weights and their gradients less often; on a CPU little is left to gain
+# beyond this, and twice as many take twice the memory.
 CPU_TOKENS, LEAST_CPU_TOKENS = 1024, 256
 CUDA_TOKENS = (4096, 8192, 16384, 32768, 65536)
 # bfloat16 costs digits: taken only where all of a step gets this much faster.
